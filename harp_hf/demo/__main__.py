@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections import Counter
+from copy import copy
 
 import numpy as np
 from peft import LoraConfig
@@ -17,7 +18,7 @@ from harp_hf.proxy import load_proxy
 from harp_hf.quiet import quiet
 from harp_hf.verify import verify
 
-ROWS = 540
+ROWS = 480
 
 
 def main() -> None:
@@ -35,8 +36,8 @@ def main() -> None:
         features=str(demo_embedder()),
         metric="likelihood",
         leaf_size=80,
-        max_measurements=24,
-        max_steps=12,
+        max_measurements=18,
+        max_steps=10,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=48,
         learning_rate=1e-3,
@@ -58,7 +59,9 @@ def main() -> None:
     selections["random"] = np.random.default_rng(args.seed).choice(len(data.pool), count, replace=False)
 
     test = load_proxy(data.test)
-    scores = verify(data.pool, selections, test, model, args, peft_config, metric="auto")
+    final = copy(args)
+    final.per_device_train_batch_size = 8
+    scores = verify(data.pool, selections, test, model, final, peft_config, metric="auto")
     table = Table(title="Test scores after finetuning")
     for column in ("finetuned on", "rows", *test.tasks, "mean"):
         table.add_column(column, justify="left" if column == "finetuned on" else "right")
