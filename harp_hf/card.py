@@ -15,6 +15,7 @@ import yaml
 
 from .envelopes import predict_interval
 from .rundir import RunDir
+from .sources import Z90
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,8 +26,9 @@ BEGIN, END = "<!-- harp-hf: begin -->", "<!-- harp-hf: end -->"
 TAGS = ("harp-hf", "data-selection", "arxiv:2606.07690")
 _SECRET = re.compile(r"(^|_)(api_key|secret|password)$|^(hub_|hf_|push_to_hub_|auth_|access_)?token$")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_NEEDED = ("dataset_name", "eval_dataset_name", "model_name_or_path")
+_NEEDED = ("eval_dataset_name", "model_name_or_path")
 _LONGEST = 600
+_SOURCES = 50
 # All but words, with a dash inside, and numbers, with a point inside, so that the source can be read too.
 _MARKUP = re.compile(r"\n|[^\w\s,?'\".-]|_|(?<!\w)-|-(?!\w)|\.(?=[^\s\d])|(?<!\d)\.(?=\d)")
 
@@ -80,14 +82,15 @@ def recipe(result: HarpResult, config: dict[str, Any]) -> dict[str, Any]:
     asked = config | {"variant": choice.variant, "budget": choice.budget, "active_tasks": list(choice.active_tasks)}
     if choice.task_weights:
         asked["task_weights"] = choice.task_weights
-    return _public({k: v for k, v in asked.items() if v is not None})
+    return public({k: v for k, v in asked.items() if v is not None})
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
+    """Settings or texts without tokens and without this machine's folders."""
     if isinstance(value, dict):
-        return {k: _public(v) for k, v in value.items() if not _SECRET.search(str(k))}
+        return {k: public(v) for k, v in value.items() if not _SECRET.search(str(k))}
     if isinstance(value, list):
-        return [_public(v) for v in value]
+        return [public(v) for v in value]
     if not isinstance(value, str):
         return value
     alone = "\n" not in value
@@ -122,7 +125,10 @@ def describe(
     """
     config, manifest = read_run(result.path)
     model, settings = model_name(config, manifest), recipe(result, config)
-    pool, written = source or config.get("dataset_name"), dump(settings)
+    mixed, written = config.get("datasets") or [], dump(settings)
+    pool = source or config.get("dataset_name")
+    needed = ("datasets" if mixed else "dataset_name", *_NEEDED)
+    named = f"a mixture of {len(mixed)} dataset{'s' if len(mixed) > 1 else ''}" if mixed else "a pool"
     leaves, cost = np.unique(rows["harp_leaf"][:]), result.measurements.cost
     load = [json.dumps(repo_id)] + ([f"revision={json.dumps(revision)}"] if revision else [])
     environment = jinja2.Environment(
@@ -134,15 +140,16 @@ def describe(
         rows=len(rows), pool_rows=len(result.pool), leaves=len(leaves), pool_leaves=result.hierarchy.n_leaves,
         measured=len(result.measurements.leaves), failed=len(result.measurements.failed),
         measured_here=int(np.isin(leaves, result.measurements.leaves).sum()),
-        source=_named(pool, "datasets/") if pool else "a pool", licence=licence,
+        source=_named(pool, "datasets/") if pool else named, licence=licence,
         model=_named(model, "") if model else "a language model",
-        model_argument=shlex.quote(hub_name(model) or _public(model) or "MODEL"),
+        model_argument=shlex.quote(hub_name(model) or public(model) or "MODEL"),
         variant=result.choice.variant.upper(), budget=result.choice.budget, weights=result.choice.task_weights,
         tasks=_scores(result, leaves), sample=_sample(rows), notes=result.posterior.notes,
+        sources=_by_source(result), most_sources=_SOURCES,
         figures=[{"title": f.stem, "path": f"figures/{quote(f.name)}"} for f in figures(result.path)],
         finetunes=f"{cost['finetunes']:.0f}", seconds={k: f"{v:,.0f}" for k, v in result.seconds.items()},
         tokens_training=f"{cost['tokens_training']:,.0f}", tokens_evaluation=f"{cost['tokens_evaluation']:,.0f}",
-        config=written, missing=[name for name in _NEEDED if name not in settings], digest=result.digest[:16],
+        config=written, missing=[name for name in needed if name not in settings], digest=result.digest[:16],
         fence="`" * max(3, *(len(run) + 1 for run in re.findall("`+", written)), 3),
         versions=manifest.get("versions"),
     )  # fmt: skip
@@ -151,7 +158,7 @@ def describe(
 
 def _named(name: str, kind: str) -> str:
     on_hub = hub_name(name)
-    return f"[`{on_hub}`](https://huggingface.co/{kind}{on_hub})" if on_hub else escape(_public(name))
+    return f"[`{on_hub}`](https://huggingface.co/{kind}{on_hub})" if on_hub else escape(public(name))
 
 
 def _scores(result: HarpResult, leaves: np.ndarray) -> list[dict[str, Any]]:
@@ -166,6 +173,18 @@ def _scores(result: HarpResult, leaves: np.ndarray) -> list[dict[str, Any]]:
             "predicted": f"{predicted[d]:.3f}", "interval": f"{drawn[d, 0]:.3f} to {drawn[d, 1]:.3f}",
         }
         for d, name in enumerate(result.tasks)
+    ]  # fmt: skip
+
+
+def _by_source(result: HarpResult) -> list[dict[str, Any]]:
+    if result.sources is None:
+        return []
+    return [
+        line | {"phi": [
+            f"{mean:+.3f} ({mean - Z90 * sd:+.3f} to {mean + Z90 * sd:+.3f})".replace("-", "−")
+            for mean, sd in ((line[f"phi_{task}"], line[f"phi_sd_{task}"]) for task in result.tasks)
+        ]}
+        for line in result.by_source()
     ]  # fmt: skip
 
 

@@ -1,10 +1,12 @@
-"""`harp-hf select | measure | cut | report | push`: the flags and YAML keys of `trl sft`, and ours beside them."""
+"""The command `harp-hf`: the flags and YAML keys of `trl sft`, and ours beside them."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,10 +17,13 @@ import yaml
 from .errors import ConfigError, HarpError, reason
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import ModelConfig, TrlParser
 
     from .config import HarpConfig
     from .result import HarpResult
+
+logger = logging.getLogger(__name__)
 
 _COMMANDS = {
     "select": "measure a pool and write the selection",
@@ -26,6 +31,7 @@ _COMMANDS = {
     "cut": "select again from a finished run directory, in seconds",
     "report": "write an HTML report and figures of a finished run directory",
     "push": "push the selection of a finished run directory to the Hub, with a card",
+    "verify": "finetune on the selection of a finished run and on random rows, and compare on test rows",
 }
 
 
@@ -40,6 +46,9 @@ class CutArguments:
         default=None, metadata={"help": "Weight of each task as a JSON object; tasks not named weigh 1."}
     )
     active_tasks: list[str] | None = field(default=None, metadata={"help": "'auto', 'all', or names of tasks."})
+    budget_by: str | None = field(
+        default=None, metadata={"help": "Who shares a budget below the best prefix.", "choices": ["task", "leaf"]}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.task_weights, str):
@@ -64,6 +73,28 @@ class PushArguments(CutArguments):
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
 
 
+@dataclass
+class VerifyArguments(CutArguments):
+    """Arguments of `harp-hf verify`; the selection is chosen as in `harp-hf cut`."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Path or name of the test rows: held out, with prompt and answer."}
+    )
+    eval_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration name of the test rows on the Hub."}
+    )
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of the test rows."})
+    whole_pool: bool = field(default=False, metadata={"help": "Whether to finetune on the whole pool too."})
+    epochs: float = field(default=2.0, metadata={"help": "Passes over each set of rows."})
+    seeds: int = field(default=3, metadata={"help": "Finetunes on each; every one draws other random rows."})
+    metric: str = field(
+        default="auto", metadata={"help": "How test rows are scored; 'auto' is choice where a task has choices."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The base model, where the run was given it as an object."}
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command `harp-hf`."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -75,11 +106,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if argv[0] in ("select", "measure"):
             _measure(argv[0], argv[1:])
         else:
-            {"cut": _cut, "report": _report, "push": _push}[argv[0]](argv[1:])
+            {"cut": _cut, "report": _report, "push": _push, "verify": _verify}[argv[0]](argv[1:])
     except HarpError as error:
-        sys.exit(f"harp-hf {argv[0]}: {error}")
+        _stop(argv[0], str(error))
     except KeyboardInterrupt:
-        sys.exit(f"harp-hf {argv[0]}: interrupted; the same command continues where this one stopped.")
+        _stop(argv[0], "interrupted; the same command continues where this one stopped.")
+
+
+def _stop(command: str, message: str) -> NoReturn:
+    # Under `accelerate launch` the main process says it first, and its end is the end of the others.
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(10)
+    sys.exit(f"harp-hf {command}: {message}")
 
 
 def _usage(asked: bool, given: list[str]) -> None:
@@ -94,31 +132,45 @@ def _usage(asked: bool, given: list[str]) -> None:
 
 
 def _measure(command: str, argv: list[str]) -> None:
-    from trl import ModelConfig, ScriptArguments
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from .config import HarpConfig
+    from .processes import is_main, leave
 
     @dataclass
-    class HarpScriptArguments(ScriptArguments):
+    class HarpScriptArguments(ScriptArguments, DatasetMixtureConfig):
         eval_dataset_name: str | None = field(
             default=None, metadata={"help": "Path or name of the proxy set: rows with prompt and answer."}
         )
         eval_dataset_config: str | None = field(
             default=None, metadata={"help": "Configuration name of the proxy set on the Hub."}
         )
+        selector: str | None = field(
+            default=None, metadata={"help": "Choose with a baseline instead of HARP; only for `harp-hf select`."}
+        )
 
     parser = _parser(command, HarpScriptArguments, HarpConfig, ModelConfig)
     # A leaf finetune is a LoRA, and its dtype follows bf16 unless asked for.
     parser.set_defaults(use_peft=True, dtype=None)
     script, args, model = _parse(parser, argv)
-    if not script.dataset_name or not script.eval_dataset_name or not model.model_name_or_path:
-        missing = {"dataset_name": script.dataset_name, "eval_dataset_name": script.eval_dataset_name,
-                   "model_name_or_path": model.model_name_or_path}  # fmt: skip
-        raise ConfigError(f"--{next(name for name, value in missing.items() if not value)} is needed.")
+    if script.datasets and script.dataset_name:
+        logger.warning("Both `datasets` and `dataset_name` are given: the pool is the mixture of `datasets`.")
+        script.dataset_name = None
+    needed = {"dataset_name": script.dataset_name or script.datasets, "eval_dataset_name": script.eval_dataset_name,
+              "model_name_or_path": model.model_name_or_path}  # fmt: skip
+    if missing := [name for name, value in needed.items() if not value]:
+        raise ConfigError(f"--{missing[0]} is needed.")
+    if script.selector is not None:
+        if command == "measure":
+            raise ConfigError("--selector is only for `harp-hf select`.")
+        print(_select_with(script, args, model))
+        return
     result = _run(script, args, model)
-    print(result.summary())
-    if command == "select":
-        print(f"Selection written to {_write(result, args.output_dir)}.")
+    if is_main():
+        print(result.summary())
+        if command == "select":
+            print(f"Selection written to {_write(result.select(), args.output_dir, result.choice.variant)}.")
+    leave()
 
 
 def _parser(command: str, *settings: Any) -> TrlParser:
@@ -145,34 +197,51 @@ def _parse(parser: TrlParser, argv: list[str]) -> Any:
 
 
 def _run(script: Any, args: HarpConfig, model: ModelConfig) -> HarpResult:
-    from trl import get_peft_config, get_quantization_config
-
-    from .finetune import default_peft_config
     from .manifest import describe_call
-    from .pool import load_rows
-    from .proxy import load_proxy
+    from .processes import from_main
     from .rundir import RunDir
     from .selection import measure
+
+    asked = describe_call(args, model, script)
+    result = measure(*_inputs(script, args, model))
+    from_main(lambda: RunDir(args.output_dir or "harp_output").write_yaml("config.yaml", asked))
+    return result
+
+
+def _inputs(script: Any, args: HarpConfig, model: ModelConfig) -> tuple[Any, ...]:
+    """Pool, proxy set, model, settings and adapter, in the order of `measure`."""
+    from trl import DatasetMixtureConfig
+
+    from .pool import load_rows
+    from .processes import main_first
+    from .proxy import load_proxy
+    from .settings import adapter, model_kwargs
 
     if script.dataset_streaming:
         raise ConfigError("A pool is read several times: --dataset_streaming cannot be used.")
     if not model.use_peft:
         raise ConfigError("Leaf finetunes are adapters: --use_peft cannot be switched off.")
-    peft_config = get_peft_config(model)
-    if model.lora_target_modules is None and model.lora_target_parameters is None:
-        peft_config.target_modules = default_peft_config().target_modules
-    asked = describe_call(args, model, script)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        "quantization_config": get_quantization_config(model),
-    } | (args.model_init_kwargs or {})
-    pool = load_rows(script.dataset_name, name=script.dataset_config, split=script.dataset_train_split)
-    proxy = load_proxy(script.eval_dataset_name, name=script.eval_dataset_config, split=script.dataset_test_split)
-    result = measure(pool, proxy, model.model_name_or_path, args, peft_config)
-    RunDir(args.output_dir or "harp_output").write_yaml("config.yaml", asked)
-    return result
+    args.model_init_kwargs = model_kwargs(model) | (args.model_init_kwargs or {})
+    pool: Any = DatasetMixtureConfig(script.datasets, script.streaming, script.test_split_size)
+    if not script.datasets:
+        pool = main_first(lambda: load_rows(
+            script.dataset_name, name=script.dataset_config, split=script.dataset_train_split
+        ))  # fmt: skip
+    proxy = main_first(lambda: load_proxy(
+        script.eval_dataset_name, name=script.eval_dataset_config, split=script.dataset_test_split
+    ))  # fmt: skip
+    return pool, proxy, model.model_name_or_path, args, adapter(model)
+
+
+def _select_with(script: Any, args: HarpConfig, model: ModelConfig) -> str:
+    from .baselines import MEASURED, selector
+    from .baselines.choose import choose
+
+    name, script.selector = script.selector, None
+    selector(name)  # an unknown name is said before anything is read
+    result = _run(script, args, model) if name in MEASURED else None
+    rows, cost = choose(name, *_inputs(script, args, model), result=result)
+    return f"{cost}\nSelection written to {_write(rows, args.output_dir or 'harp_output', name)}."
 
 
 def _cut(argv: list[str]) -> None:
@@ -180,9 +249,9 @@ def _cut(argv: list[str]) -> None:
 
     (asked,) = _parse(_parser("cut", CutArguments), argv)
     result = load_result(asked.output_dir)
-    result = result.choosing(asked.variant, asked.budget, asked.task_weights, asked.active_tasks)
+    result = result.choosing(asked.variant, asked.budget, asked.task_weights, asked.active_tasks, asked.budget_by)
     print(result.summary())
-    print(f"Selection written to {_write(result, asked.output_dir)}.")
+    print(f"Selection written to {_write(result.select(), asked.output_dir, result.choice.variant)}.")
 
 
 def _report(argv: list[str]) -> None:
@@ -200,18 +269,33 @@ def _push(argv: list[str]) -> None:
     if not asked.repo_id:
         raise ConfigError("--repo_id is needed: the name of the dataset on the Hub.")
     result = load_result(asked.output_dir)
-    result = result.choosing(asked.variant, asked.budget, asked.task_weights, asked.active_tasks)
+    result = result.choosing(asked.variant, asked.budget, asked.task_weights, asked.active_tasks, asked.budget_by)
     url = result.push_to_hub(asked.repo_id, private=asked.private, token=asked.token, revision=asked.revision)
     print(f"Selection pushed to {url}.")
 
 
-def _write(result: HarpResult, output_dir: str) -> str:
+def _verify(argv: list[str]) -> None:
+    from .proxy import load_proxy
+    from .verify import verify_run
+
+    (asked,) = _parse(_parser("verify", VerifyArguments), argv)
+    if not asked.eval_dataset_name:
+        raise ConfigError("--eval_dataset_name is needed: test rows that neither the pool nor the proxy set holds.")
+    test = load_proxy(asked.eval_dataset_name, name=asked.eval_dataset_config, split=asked.dataset_test_split)
+    proof = verify_run(
+        asked.output_dir, test, variant=asked.variant, budget=asked.budget, task_weights=asked.task_weights,
+        active_tasks=asked.active_tasks, budget_by=asked.budget_by, whole_pool=asked.whole_pool, epochs=asked.epochs,
+        seeds=asked.seeds, metric=asked.metric, model=asked.model_name_or_path,
+    )  # fmt: skip
+    print(proof.summary())
+
+
+def _write(rows: Dataset, output_dir: str, name: str) -> str:
     from .quiet import quiet
     from .rundir import RunDir
 
-    rows = result.select()
     with quiet():
-        path = RunDir(output_dir).write(f"result/{result.choice.variant}/train.parquet", rows.to_parquet)
+        path = RunDir(output_dir).write(f"result/{name}/train.parquet", rows.to_parquet)
     return f"{path.parent} ({len(rows)} rows)"
 
 

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, get_args
 import torch
 from trl import SFTConfig
 
-from .envelopes import VARIANTS, Variant
+from .envelopes import BUDGET_BY, VARIANTS, BudgetBy, Variant
 from .errors import ConfigError
 from .evaluation.scoring import METRICS
 from .posterior import Prior
 
 PRIORS = get_args(Prior)
+BACKENDS = ("auto", "transformers", "vllm")
 
 
 def bf16_is_fast() -> bool:
@@ -60,6 +61,14 @@ class HarpConfig(SFTConfig):
             `"auto"`: `"choice"` for tasks whose rows have choices, `"exact_match"` for the others.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest answer generated for the metrics that generate (`"numeric"`, `"contains"`, callables).
+        backend (`str`, *optional*, defaults to `"auto"`):
+            What evaluates: `"transformers"`, `"vllm"`, or `"auto"`: vLLM where it is installed with a GPU and the run
+            is of one process, else transformers. On a CPU vLLM is slow with adapters: use transformers there.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory (on a CPU, of main memory) that vLLM takes while it evaluates.
+        vllm_max_loras (`int`, *optional*, defaults to `8`):
+            Adapters that vLLM evaluates at once: that many leaves are finetuned, then scored together. An
+            interruption loses at most that many finetunes.
         null_scores (`str`, *optional*):
             JSON-lines file with `task` and `score` in every line: the base model's scores, which are then not
             measured. One line a task, or one line a proxy row in the order of the proxy set.
@@ -68,18 +77,27 @@ class HarpConfig(SFTConfig):
 
         prior (`str`, *optional*, defaults to `"smooth"`):
             `"smooth"` (effects vary smoothly over feature space) or `"nested"` (effects of large, parent and leaf).
+        similarity (`bool`, *optional*, defaults to `True`):
+            Whether the prior expects more of leaves that are similar to a task's proxy rows, as far as the measured
+            leaves bear it out. `False` is the prior of the paper. It needs features that the proxy set has too.
         active_tasks (`list[str]`, *optional*, defaults to `["auto"]`):
             Tasks that decide the selection: `auto` (those whose measured effects are distinguishable from none),
             `all`, or names of tasks.
 
-        > Parameters that control the selection
+        > Parameters that control the selection and what is told of it
 
         variant (`str`, *optional*, defaults to `"harp-c"`):
             `"harp-c"` (conservative: the best leaf counts, harms add up) or `"harp-e"` (expansive: effects add up).
         budget (`int`, *optional*):
             At most that many rows are selected. By default the best prefix of the greedy order is taken whole.
+        budget_by (`str`, *optional*, defaults to `"task"`):
+            How a budget below the best prefix is spent: `"task"` (the tasks share it, each taking from the leaf of the
+            prefix that helps it most) or `"leaf"` (whole leaves in greedy order, as in the paper).
         task_weights (`dict[str, float]` or `str`, *optional*):
             Weight of each task in the objective, as a dict or a JSON object; tasks not named weigh 1.
+        source_column (`str`, *optional*):
+            Pool column that names the source of each row, for the table by source; it never informs the selection.
+            By default the pool has sources where it is a mixture: its datasets.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -87,8 +105,10 @@ class HarpConfig(SFTConfig):
     > - `learning_rate`: Defaults to `2e-4`, for LoRA, instead of `2e-5`.
     > - `bf16`: Defaults to `True` only where the hardware multiplies bfloat16.
     > - `gradient_checkpointing`: Defaults to off instead of `True`.
-    > - `logging_strategy` and `save_strategy` default to `"no"`, `report_to` to `"none"`, `disable_tqdm` to `True`:
-    >   a leaf finetune leaves nothing behind but its scores.
+    > - `save_strategy` defaults to `"no"` and `disable_tqdm` to `True`: a leaf finetune leaves nothing behind but its
+    >   scores.
+    > - `logging_strategy` defaults to `"no"`, but to `"steps"` where `report_to` names trackers: each then sees every
+    >   leaf finetune as a run of its own.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "task_weights"]
@@ -102,9 +122,11 @@ class HarpConfig(SFTConfig):
     bf16: bool | None = field(
         default=None, metadata={"help": "Whether to use bfloat16; by default where the hardware multiplies it."}
     )
-    logging_strategy: str = field(
-        default="no", metadata={"help": "When a leaf finetune logs.", "choices": ["no", "steps", "epoch"]}
-    )
+    logging_strategy: str | None = field(
+        default=None,
+        metadata={"help": "When a leaf finetune logs; by default in steps where `report_to` names a tracker.",
+                  "choices": ["no", "steps", "epoch"]},
+    )  # fmt: skip
     save_strategy: str = field(
         default="no", metadata={"help": "When a leaf finetune saves.", "choices": ["no", "steps", "epoch"]}
     )
@@ -132,24 +154,46 @@ class HarpConfig(SFTConfig):
     max_new_tokens: int = field(
         default=64, metadata={"help": "Longest answer generated for the metrics that generate."}
     )
+    backend: str = field(
+        default="auto",
+        metadata={"help": "What evaluates; 'auto' is vllm where it is installed with a GPU, else transformers.",
+                  "choices": list(BACKENDS)},
+    )  # fmt: skip
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the memory that vLLM takes while it evaluates."}
+    )
+    vllm_max_loras: int = field(default=8, metadata={"help": "Adapters that vLLM evaluates at once."})
     null_scores: str | None = field(
         default=None, metadata={"help": "JSON-lines file with the base model's scores (task and score in each line)."}
     )
 
     prior: Prior = field(default="smooth", metadata={"help": "Prior of the effects of unmeasured leaves."})
+    similarity: bool = field(
+        default=True,
+        metadata={"help": "Whether the prior learns how far similarity to the proxy rows can be believed."},
+    )
     active_tasks: list[str] = field(
         default_factory=lambda: ["auto"], metadata={"help": "'auto', 'all', or names of tasks."}
     )
 
     variant: Variant = field(default="harp-c", metadata={"help": "Envelope."})
     budget: int | None = field(default=None, metadata={"help": "At most that many rows are selected."})
+    budget_by: BudgetBy = field(
+        default="task",
+        metadata={"help": "Who shares a budget below the best prefix: tasks, or whole leaves in greedy order."},
+    )
     task_weights: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Weight of each task as a JSON object; tasks not named weigh 1."}
+    )
+    source_column: str | None = field(
+        default=None, metadata={"help": "Pool column with the source of each row, for the table by source."}
     )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
+        if self.logging_strategy is None:
+            self.logging_strategy = "no" if self.report_to in (None, "none", ["none"], []) else "steps"
         active = self.active_tasks or []
         self.active_tasks = [active] if isinstance(active, str) else list(active)
         if isinstance(self.task_weights, str):
@@ -163,21 +207,31 @@ class HarpConfig(SFTConfig):
             check_whole(name, getattr(self, name), least, optional=name == "max_measurements")
         check_one_of("prior", self.prior, PRIORS)
         check_one_of("metric", self.metric, ("auto", *METRICS))
-        check_choice(self.variant, self.budget, self.task_weights)
+        check_one_of("backend", self.backend, BACKENDS)
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"`vllm_gpu_memory_utilization` must be in (0, 1], but it is {self.vllm_gpu_memory_utilization!r}."
+            )
+        check_choice(self.variant, self.budget, self.task_weights, self.budget_by)
         if not self.active_tasks:
             raise ConfigError("`active_tasks` is empty: use 'auto', 'all' or the names of tasks.")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise ConfigError("A leaf finetune has no steps: set `max_steps` (or `num_train_epochs`) above 0.")
 
 
-_AT_LEAST = {"leaf_size": 2, "branching": 2, "max_measurements": 1, "num_repeats": 1, "max_new_tokens": 1}
+_AT_LEAST = {"leaf_size": 2, "branching": 2, "max_measurements": 1, "num_repeats": 1, "max_new_tokens": 1,
+             "vllm_max_loras": 1}  # fmt: skip
 
 
-def check_choice(variant: str | None, budget: int | None, task_weights: dict[str, Any] | str | None) -> None:
+def check_choice(
+    variant: str | None, budget: int | None, task_weights: dict[str, Any] | str | None, budget_by: str | None = None
+) -> None:
     """Raise [`ConfigError`] unless each is `None` or can be used in a selection."""
     if variant is not None:
         check_one_of("variant", variant, VARIANTS)
     check_whole("budget", budget, 1, optional=True)
+    if budget_by is not None:
+        check_one_of("budget_by", budget_by, BUDGET_BY)
     if task_weights is None:
         return
     if not isinstance(task_weights, dict):

@@ -10,19 +10,25 @@ from .errors import HarpError
 from .hierarchy import Hierarchy
 
 
-def choose_leaves(hierarchy: Hierarchy, max_measurements: int | None = None) -> np.ndarray:
+def choose_leaves(
+    hierarchy: Hierarchy, max_measurements: int | None = None, similarity: np.ndarray | None = None
+) -> np.ndarray:
     """Leaves to measure, in measuring order.
 
     First one representative a parent, the leaf nearest the parent's centroid; then always the leaf farthest from those
-    chosen (k-center), so that wide parents get their second leaf first. Representatives are themselves visited
-    farthest first, beginning with the one nearest the mean of all leaf centroids, so that a run cut short has still
-    seen the whole pool. Below one measurement a parent: k-center over all leaves. Ties go to the smaller id.
+    chosen (k-center; Gonzalez, 1985), so that wide parents get their second leaf first. Representatives are themselves
+    visited farthest first, beginning with the one nearest the mean of all leaf centroids, so that a run cut short has
+    still seen the whole pool. Below one measurement a parent: k-center over all leaves. Ties go to the smaller id.
+
+    With similarities, every other measurement is that of the leaf most similar to one of the tasks, farthest first,
+    until there is one for each task: they are the likeliest to help and show whether similarity can be believed.
 
     Args:
         hierarchy: the pool's leaves and parents.
         max_measurements: number of leaves wanted, at least 1; more than there are leaves means all of them.
             Default: one and a half a parent, rounded up. From one a parent upwards, a larger number begins with the
             smaller design.
+        similarity: (G, D) of every leaf to the examples of each task.
 
     Returns:
         (m,) int64 leaf ids, no id twice.
@@ -36,10 +42,27 @@ def choose_leaves(hierarchy: Hierarchy, max_measurements: int | None = None) -> 
     if max_measurements < 1:
         raise HarpError(f"max_measurements must be at least 1, but is {max_measurements}.")
     count = min(max_measurements, hierarchy.n_leaves)
-    if count < n_parents:
-        return _k_center(hierarchy.centroids, np.arange(hierarchy.n_leaves), count)
-    chosen = _k_center(hierarchy.centroids, _representatives(hierarchy), n_parents)
-    return _k_center(hierarchy.centroids, np.arange(hierarchy.n_leaves), count, chosen)
+    centroids = hierarchy.centroids
+    likely = np.zeros(hierarchy.n_leaves, bool)
+    if similarity is not None:
+        likely[similarity.argmax(axis=0)] = True
+    representative = np.zeros(hierarchy.n_leaves, bool)
+    if count >= n_parents:
+        representative[_representatives(hierarchy)] = True
+    free = np.ones(hierarchy.n_leaves, bool)
+    # The first is the candidate nearest the mean, all others are those farthest from the ones before them.
+    gap = -_squared_distances(centroids, centroids.mean(axis=0))
+    order: list[int] = []
+    while len(order) < count:
+        wanted = [likely, representative] if len(order) % 2 == 0 else [representative]
+        candidates = next((some for some in (free & kind for kind in wanted) if some.any()), free)
+        leaf = int(np.where(candidates, gap, -np.inf).argmax())
+        distance = _squared_distances(centroids, centroids[leaf])
+        gap = np.minimum(gap, distance) if order else distance
+        order.append(leaf)
+        free[leaf] = False
+        representative[hierarchy.parent == hierarchy.parent[leaf]] = False
+    return np.array(order, dtype=np.int64)
 
 
 def _representatives(hierarchy: Hierarchy) -> np.ndarray:
@@ -50,27 +73,6 @@ def _representatives(hierarchy: Hierarchy) -> np.ndarray:
     order = np.lexsort((distance, hierarchy.parent))
     _, first = np.unique(hierarchy.parent[order], return_index=True)
     return np.sort(order[first])
-
-
-def _k_center(points: np.ndarray, candidates: np.ndarray, count: int, chosen: np.ndarray | None = None) -> np.ndarray:
-    """`chosen`, followed by the candidate farthest from all before it, up to `count` in all (Gonzalez, 1985).
-
-    With nothing chosen yet, the first is the candidate nearest the mean of all points.
-    """
-    if chosen is None:
-        chosen = candidates[[_squared_distances(points[candidates], points.mean(axis=0)).argmin()]]
-    order = chosen.tolist()
-    gap = np.full(len(candidates), np.inf)
-    for leaf in order:
-        gap = np.minimum(gap, _squared_distances(points[candidates], points[leaf]))
-    # Chosen leaves stand below every other one, also where several centroids coincide.
-    gap[np.isin(candidates, chosen)] = -1
-    while len(order) < count:
-        place = int(gap.argmax())
-        order.append(int(candidates[place]))
-        gap = np.minimum(gap, _squared_distances(points[candidates], points[order[-1]]))
-        gap[place] = -1
-    return np.array(order, dtype=np.int64)
 
 
 def _squared_distances(points: np.ndarray, point: np.ndarray) -> np.ndarray:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib
+import matplotlib.font_manager
 from matplotlib.figure import Figure as Canvas
 
 WIDTH = 3.8
@@ -57,7 +59,7 @@ def draw(
 ) -> Figure:
     """Make a figure of `height` inches with `paint`; the same input gives the same bytes."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # Names of tasks may hold signs that matplotlib's font lacks; the browser's font has them.
+        # Names of tasks may hold signs that matplotlib's font lacks; the browser's fonts have them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type, unused-ignore]
@@ -65,9 +67,29 @@ def draw(
         paint(canvas)
         svg, png = io.StringIO(), io.BytesIO()
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        canvas.set_layout_engine("none")
+        if not _name_emoji(canvas):
+            canvas.set_layout_engine("none")
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return Figure(name, title, caption, alt, _inline(svg.getvalue(), name), png.getvalue())
+
+
+def _name_emoji(canvas: Canvas) -> bool:
+    """Put the names of emoji in their place beside the axes, for a PNG has only matplotlib's font."""
+    known = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans")).get_charmap()
+
+    def named(sign: str) -> str:
+        if ord(sign) in known or unicodedata.category(sign) not in ("So", "Cf", "Mn"):
+            return sign
+        return unicodedata.name(sign, "").lower() if unicodedata.category(sign) == "So" else ""
+
+    found = False
+    for axis in (axis for axes in canvas.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        plain = ["".join(map(named, label)) for label in labels]
+        if plain != labels:
+            axis.set_ticklabels(plain)
+            found = True
+    return found
 
 
 def _inline(svg: str, name: str) -> str:

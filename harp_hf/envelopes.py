@@ -5,6 +5,7 @@ Everything here is deterministic: objectives within `TIE` (times the sum of the 
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from .hierarchy import Hierarchy
 
 Variant = Literal["harp-c", "harp-e"]
 VARIANTS: tuple[Variant, ...] = ("harp-c", "harp-e")
+BudgetBy = Literal["task", "leaf"]
+BUDGET_BY: tuple[BudgetBy, ...] = ("task", "leaf")
 
 # Far below any gain that matters and far above the rounding of sums of numbers in [0, 1].
 TIE = 1e-10
@@ -172,6 +175,53 @@ def cut(order: Order, hierarchy: Hierarchy, budget: int | None = None) -> tuple[
     rows = np.concatenate([np.empty(0, np.int64), *(hierarchy.rows(leaf) for leaf in leaves)])
     ranks = np.repeat(np.arange(len(leaves)), hierarchy.sizes[leaves])
     return rows[:budget], ranks[:budget]
+
+
+def share(
+    order: Order, hierarchy: Hierarchy, phi: np.ndarray, weights: np.ndarray, budget: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the best prefix, where the tasks share a budget that is smaller than it.
+
+    Rows are handed out one by one to the task that has fewest for its weight. A task takes from the leaf of the prefix
+    that helps it most, then from the next. What a leaf gives is spread evenly over its rows from the centroid
+    outwards, as its effect was measured on all of them.
+
+    Args:
+        order: from `greedy`.
+        hierarchy: the rows of every leaf.
+        phi: (G, D) effects of all leaves on the active tasks.
+        weights: (D,) weight of each task, not negative.
+        budget: largest number of rows, at least 1; None for no limit.
+
+    Returns:
+        As of `cut`, which gives the same where the budget holds the whole prefix.
+
+    Raises:
+        HarpError: budget is below 1.
+    """
+    leaves = order.leaves[: order.best_prefix]
+    sizes = hierarchy.sizes[leaves]
+    if budget is None or budget < 1 or sizes.sum() <= budget:
+        return cut(order, hierarchy, budget)
+    gains = phi[leaves]
+    helpful = [
+        [k for k in np.argsort(-gains[:, d], kind="stable").tolist() if gains[k, d] > 0] for d in range(len(weights))
+    ]
+    turns = [(0.0, d) for d in range(len(weights)) if weights[d] > 0 and helpful[d]]
+    left = sizes.copy()
+    while turns and left.sum() > sizes.sum() - budget:
+        taken, d = heapq.heappop(turns)
+        while helpful[d] and not left[helpful[d][0]]:
+            helpful[d].pop(0)
+        if helpful[d]:
+            left[helpful[d][0]] -= 1
+            heapq.heappush(turns, (taken + 1 / weights[d], d))
+    given = sizes - left
+    rows = [
+        hierarchy.rows(leaf)[((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)]
+        for leaf, size, count in zip(leaves, sizes, given, strict=True)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *rows]), np.repeat(np.arange(len(leaves)), given)
 
 
 def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:

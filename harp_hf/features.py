@@ -59,7 +59,7 @@ def load_features(
     """
     path = run.file("features.npy")
     if not path.exists():
-        texts = pool_texts(pool, text_field, decode)
+        texts = question_texts(pool, text_field, decode)
         if isinstance(features, np.ndarray):
             blocks = _array_blocks(features, len(pool))
         elif isinstance(features, str) and features in pool.column_names:
@@ -77,6 +77,12 @@ def load_features(
     return matrix
 
 
+def comparable(pool: Dataset, proxy: ProxySet, features: Any) -> bool:
+    """Whether the proxy set has features too: not where the pool's are an array, or a column that it lacks."""
+    column = isinstance(features, str) and features in pool.column_names
+    return not isinstance(features, np.ndarray) and (not column or features in proxy.columns)
+
+
 def load_proxy_features(
     pool: Dataset, proxy: ProxySet, features: Any, *, text_field: str, decode: Decode, seed: int, batch_size: int = 64
 ) -> np.ndarray:
@@ -84,7 +90,8 @@ def load_proxy_features(
 
     Args:
         pool: The rows that `"tfidf"` learns its words from.
-        proxy: The rows, each read with its first answer; where `features` is a column, the proxy set needs it too.
+        proxy: The rows, each read as the pool's are (without its answer where they are); where `features` is a
+            column, the proxy set needs it too.
         features, text_field, decode, seed, batch_size: As in [`load_features`].
 
     Returns:
@@ -93,21 +100,33 @@ def load_proxy_features(
     Raises:
         DataError: The pool's features are an array or a column, and the proxy set has no such column.
     """
-    column = isinstance(features, str) and features in pool.column_names
-    if isinstance(features, np.ndarray) or (column and features not in proxy.columns):
+    if not comparable(pool, proxy, features):
         raise DataError(
             "The pool's features are vectors that the proxy set does not have, so the two cannot be compared: give "
             "the proxy set's vectors too."
         )
-    texts = proxy_texts(proxy)
-    if column:
+    parted = bool({"prompt", "messages", "conversations"} & set(pool.column_names))
+    texts = [content(prompt) for prompt in proxy.prompts] if parted else proxy_texts(proxy)
+    if isinstance(features, str) and features in pool.column_names:
         vectors = np.asarray(proxy.columns[features], np.float32)
     elif features == "tfidf":
-        vectors = _tfidf(pool_texts(pool, text_field, decode), seed, texts)
+        vectors = _tfidf(question_texts(pool, text_field, decode), seed, texts)
     else:
         vectors = np.concatenate(list(_embed(_load_embedder(features), iter(texts), len(texts), batch_size)))
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
+def question_texts(pool: Dataset, text_field: str, decode: Decode) -> Iterator[str]:
+    """What rows are compared by: what each pool row asks, or all of it where its format does not part the two.
+
+    Answers are left out because rows of one task with the same answer would gather in one leaf, and finetuning on a
+    leaf that knows a single answer teaches the model to always give it.
+    """
+    for batch in batches(pool):
+        for row in batch:
+            asks, answers = row_parts(row, text_field, decode)
+            yield asks or answers
 
 
 def proxy_texts(proxy: ProxySet) -> list[str]:

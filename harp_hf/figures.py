@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
@@ -10,9 +11,8 @@ from matplotlib.figure import Figure as Canvas
 from .drawing import HARMS, HELPS, INK, PLAIN, Figure, count_leaves, draw, short, signed
 from .envelopes import Variant
 from .smoothness import Smoothness
+from .sources import Z90
 
-# Half the width of a 90 % interval, in standard deviations.
-Z90 = 1.645
 # With more leaves than ALL_LEAVES, the first and last ENDS of them are shown.
 ALL_LEAVES, ENDS = 28, 12
 
@@ -56,6 +56,33 @@ def leaf_effects(number: int, task: str, mean: np.ndarray, sd: np.ndarray, measu
         f"φ on {task}. Of {len(mean)} leaves {int((low > 0).sum())} have a 90 % interval above 0 and "
         f"{int((high < 0).sum())} one below 0. Highest and lowest: {', '.join(told)}.",
         0.9 + 0.165 * (places[-1] + 1), paint, task,
+    )  # fmt: skip
+
+
+def source_effects(number: int, task: str, sources: Sequence[Mapping[str, Any]], d: int) -> Figure:
+    """Mean φ of sources on task `d`, each with its `phi`: mean and 90 % interval of every task."""
+    names, shown = [line["source"] for line in sources], np.array([line["phi"][d] for line in sources])
+    names, shown = names[:ALL_LEAVES], shown[:ALL_LEAVES]
+    mean, low, high = shown.T
+    places = np.arange(len(names))
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.errorbar(mean, places, xerr=high - mean, fmt="s", color=PLAIN, markersize=4, elinewidth=0.9)
+        axes.set_yticks(places, [short(name) for name in names], fontsize=7.5)
+        axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="mean φ, change of the score")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.5)
+
+    told = [
+        f"{name} {signed(m)} ({signed(a)} to {signed(b)})"
+        for name, m, a, b in zip(names, mean, low, high, strict=True)
+    ]
+    which = f"the {len(names)} sources with most rows" if len(sources) > len(names) else "every source"
+    return draw(
+        f"sources-{number}", f"Mean φ of the rows of {which}, posterior mean and 90 % interval.",
+        f"Mean φ on {task} by source: {'; '.join(told)}.", 0.7 + 0.2 * len(names), paint, task,
     )  # fmt: skip
 
 

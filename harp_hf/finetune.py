@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from trl import SFTTrainer
 
 from .config import HarpConfig
 from .errors import ConfigError, DataError, FinetuneError, reason
+from .processes import mean
 from .quiet import quiet
+from .tracking import own_run, run_name
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,26 @@ def load_model(model: str | PreTrainedModel, args: HarpConfig) -> PreTrainedMode
     """
     if not isinstance(model, str):
         return model
-    kwargs = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "trust_remote_code": args.trust_remote_code}
-    kwargs.update({k: v for k, v in (args.model_init_kwargs or {}).items() if v is not None})
-    loaded = _loaded("model", model, lambda: AutoModelForCausalLM.from_pretrained(model, **kwargs))
+    kwargs = _model_kwargs(args)
+    # Also where the trainers shard the model, this one is whole.
+    zero = args.deepspeed_plugin
+    with zero.zero3_init_context_manager(enable=False) if zero is not None else nullcontext():
+        loaded = _loaded("model", model, lambda: AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=args.trust_remote_code, **kwargs
+        ))  # fmt: skip
     return loaded if kwargs.get("quantization_config") or kwargs.get("device_map") else loaded.to(args.device)
+
+
+def _model_kwargs(args: HarpConfig) -> dict[str, Any]:
+    given = {k: v for k, v in (args.model_init_kwargs or {}).items() if v is not None}
+    return {"dtype": torch.bfloat16 if args.bf16 else torch.float32} | given
+
+
+def shards(args: HarpConfig) -> bool:
+    """Whether a trainer would divide the weights of the model among the processes (FSDP or ZeRO-3)."""
+    zero = args.deepspeed_plugin
+    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return fsdp or (zero is not None and zero.zero_stage == 3)
 
 
 def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
@@ -150,24 +169,28 @@ class LeafFinetuner:
     """Finetunes leaves one after another on one base model that stays as it was.
 
     Args:
-        model: The base model; its weights are never changed.
+        model: The base model; its weights are never changed. Where trainers divide it among processes, its path or
+            Hub id: every trainer then loads it itself.
         pool: The whole pool; it is tokenised here, once, by `SFTTrainer` itself.
         args: Settings of every finetune.
         peft_config: The adapter; every leaf gets a fresh one.
         processing_class: The tokenizer.
 
     Raises:
+        ConfigError: The model would be divided among processes, but is an object.
         DataError: `SFTTrainer` does not take the pool, or no row of it survives truncation to `max_length`.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | str,
         pool: Dataset,
         args: HarpConfig,
         peft_config: PeftConfig,
         processing_class: PreTrainedTokenizerBase,
     ) -> None:
+        if shards(args) and not isinstance(model, str):
+            raise ConfigError("FSDP and ZeRO-3 load the model for every finetune: pass its path or Hub id as `model`.")
         self.model = model
         self.args = args
         self.peft_config = peft_config
@@ -178,7 +201,7 @@ class LeafFinetuner:
     def _tokenise(self, pool: Dataset) -> Dataset:
         numbered = pool.add_column("harp_row", np.arange(len(pool)))
         args = self._leaf_args(self.args.seed)
-        args.packing = False
+        args.packing, args.report_to = False, []
         try:
             with quiet(), self._restored():
                 trainer = SFTTrainer(
@@ -197,12 +220,15 @@ class LeafFinetuner:
         """Finetune a fresh adapter on some pool rows and save it in the folder `adapter`.
 
         With `max_steps` set, every leaf gets that many optimiser steps: the rows are repeated, or as many of them
-        drawn as fit.
+        drawn as fit. The processes of an `accelerate launch` share each step; only the main one saves.
+        Trackers see a run that is named like the folder.
 
         Raises:
-            FinetuneError: All rows were lost to truncation, or the loss is not a finite number.
+            FinetuneError: On all processes alike: all rows were lost to truncation, or the loss is not a finite
+                number.
         """
         args = self._leaf_args(seed)
+        args.run_name = run_name(args, adapter.name)
         kept = np.flatnonzero(np.isin(self._row, rows))
         if len(kept) == 0:
             raise FinetuneError(f"all {len(rows)} rows were lost to truncation to max_length={args.max_length}")
@@ -219,11 +245,15 @@ class LeafFinetuner:
             )
             trainer.remove_callback(PrinterCallback)
             try:
-                loss = trainer.train().training_loss
+                with own_run(trainer):
+                    loss = mean(trainer.train().training_loss)
                 if math.isfinite(loss):
-                    trainer.model.save_pretrained(str(adapter))
+                    trainer.save_model(str(adapter))
             finally:
-                trainer.model.unload()
+                if isinstance(self.model, str):
+                    trainer.accelerator.free_memory()
+                else:
+                    trainer.model.unload()
         if not math.isfinite(loss):
             raise FinetuneError("the training loss is not a finite number")
         state = trainer.state
@@ -234,7 +264,7 @@ class LeafFinetuner:
         args.seed = seed
         args.eval_strategy = type(args.eval_strategy)("no")
         args.push_to_hub = False
-        args.model_init_kwargs = None  # the model is there already
+        args.model_init_kwargs = _model_kwargs(self.args) if isinstance(self.model, str) else None
         args.logging_nan_inf_filter = False
         args.include_num_input_tokens_seen = "non_padding"
         return args
@@ -242,6 +272,9 @@ class LeafFinetuner:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Undo what a trainer leaves on the base model: its own `forward`, the training mode and the PEFT marks."""
+        if isinstance(self.model, str):
+            yield
+            return
         before = self.model.__dict__.get("forward")
         try:
             yield

@@ -20,9 +20,12 @@ from .evaluation.scoring import Metric, describe_metrics, resolve_metrics
 from .features import describe_features
 from .finetune import default_peft_config, describe_model, describe_peft, load_tokenizer, prepare_tokenizer
 from .manifest import describe_settings, describe_versions
+from .mixture import load_pool, read_labels
 from .null_scores import read_null_scores
-from .pool import check_pool, load_rows, read_contents
+from .pool import check_pool, read_contents
 from .proxy import ProxySet, load_proxy
+from .sources import Labels
+from .tracking import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class Inputs:
 
     Attributes:
         pool (`Dataset`): The rows to choose from.
+        labels (`Labels`, *optional*): The source of each of them, where it is known.
         digest (`str`): Digest of the pool's contents.
         proxy (`ProxySet`): The rows to judge by.
         metrics (`list`): Metric of each task.
@@ -45,6 +49,7 @@ class Inputs:
     """
 
     pool: Dataset
+    labels: Labels | None
     digest: str
     proxy: ProxySet
     metrics: list[Metric]
@@ -83,21 +88,23 @@ def read_inputs(
         raise ConfigError(f"`args` must be a HarpConfig, not {type(args).__name__}.")
     model = str(model) if isinstance(model, Path) else model
     _check_objects(model, peft_config, processing_class)
-    pool = load_rows(dataset, split="train")
+    pool, labels = load_pool(dataset, args.seed)
     check_pool(pool, args.dataset_text_field)
+    labels = read_labels(pool, args.source_column) if args.source_column is not None else labels
     proxy = eval_dataset if isinstance(eval_dataset, ProxySet) else load_proxy(eval_dataset)
     metrics = resolve_metrics(metric if metric is not None else args.metric, proxy)
     null_scores = null_scores if null_scores is not None else args.null_scores
     given = None if null_scores is None else read_null_scores(null_scores, proxy)
     check_tasks(args, proxy)
+    check_trackers(args.report_to)
     tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, args), args)
     _check_chat_template(pool, proxy, tokenizer)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     contents = read_contents(pool, args.dataset_text_field, decode, frozenset().union(*proxy.row_keys()))
     _warn_of_leaks(proxy, contents.keys)
     return Inputs(
-        pool, contents.digest, proxy, metrics, features if features is not None else args.features, given, model,
-        peft_config if peft_config is not None else default_peft_config(), tokenizer, decode,
+        pool, labels, contents.digest, proxy, metrics, features if features is not None else args.features, given,
+        model, peft_config if peft_config is not None else default_peft_config(), tokenizer, decode,
     )  # fmt: skip
 
 

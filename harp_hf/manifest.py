@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from . import __version__
 from .config import HarpConfig
+from .evaluation.backends import choose_backend
 
 # Settings that change neither a finetune nor a score; all other fields of HarpConfig do.
 _INDIFFERENT = {
-    "output_dir", "max_measurements", "num_repeats", "variant", "budget", "task_weights", "active_tasks", "prior",
+    "output_dir", "max_measurements", "num_repeats", "variant", "budget", "budget_by", "task_weights", "active_tasks",
+    "prior", "similarity", "source_column", "backend", "vllm_gpu_memory_utilization", "vllm_max_loras",
     "features", "metric", "null_scores", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
     "logging_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
     "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
@@ -28,6 +31,10 @@ _LIBRARIES = ("trl", "transformers", "peft", "datasets", "torch", "numpy")
 def describe_settings(args: HarpConfig, metrics: Sequence[str], null_scores: np.ndarray | None) -> dict[str, Any]:
     """Every setting that changes what a finetune or a score is, as plain JSON values."""
     settings = {k: v for k, v in args.to_dict().items() if k not in _INDIFFERENT}
+    if args.world_size > 1:  # processes that share a finetune enlarge its batch
+        settings["world_size"] = args.world_size
+    if (backend := choose_backend(args)) != "transformers":
+        settings["backend"] = backend
     given = None if null_scores is None else null_scores.tolist()
     return _plain(settings | {"metric": list(metrics), "null_scores": given})
 
@@ -42,9 +49,11 @@ def describe_call(args: HarpConfig, *others: Any) -> dict[str, Any]:
 
     Args:
         args: The settings of the run.
-        others: More dataclasses of settings, such as TRL's `ScriptArguments` and `ModelConfig`.
+        others: More dataclasses of settings, such as TRL's `ScriptArguments`, `ModelConfig` and
+            `DatasetMixtureConfig`.
     """
-    defaults = HarpConfig(output_dir=args.output_dir).to_dict()
+    # Another `use_cpu` would change the device of every trainer to come.
+    defaults = HarpConfig(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict() | {"use_cpu": False}
     changed = {k: v for k, v in args.to_dict().items() if k != "hub_token" and v != defaults[k]}
     for other in others:
         plain = type(other)()
@@ -57,4 +66,6 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(v) for v in value]
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default}
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)

@@ -8,6 +8,9 @@ the leaf's own,
 where the correlation R is what a prior says about related leaves ("smooth": near in feature space, "nested": in the
 same parent or large region). mu has a flat prior; the posterior is averaged over a grid of R, signal and leaf weighted
 by restricted marginal likelihood (Patterson and Thompson, 1971) times half-normal priors on the standard deviations.
+
+Where it is known how similar each leaf is to the examples of each task, beta times this similarity is added to mu, and
+the tasks tell each other how far similarity can be believed: beta is Gaussian around a mean that they share.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ JITTER = 1e-8
 # The task's pooled variance counts as much as this many rows of the leaf's own. A leaf with an effect has answers that
 # vary, so its own variance is large just because of the effect: taken at its word, a clear effect passes for noise.
 PRIOR_ROWS = 100
+# Prior of the slope on similarity, for effects in scales of the data and similarity in its own standard deviations:
+# the sd of the mean over tasks, and the possible sds of tasks around it.
+SLOPE_SD = 0.5
+SLOPE_SPREADS = (0.1, 0.25, 0.5, 1.0)
 # Below this many measurements the answer rests mostly on the prior.
 FEW = 8
 
@@ -120,6 +127,7 @@ def infer(
     hierarchy: Hierarchy,
     *,
     prior: Prior = "smooth",
+    similarity: np.ndarray | None = None,
 ) -> Posterior:
     """Posterior mean and sd of the effect of every leaf, measured or not, on every task.
 
@@ -130,6 +138,8 @@ def infer(
         hierarchy: relates the leaves, by centroids ("smooth") or by parents and large regions ("nested").
         prior: "smooth" is a squared-exponential kernel on the distance between leaf centroids plus a leaf term;
             "nested" the sum of effects of large region, parent and leaf.
+        similarity: (G, D) of every leaf to the examples of each task, on any scale; None leaves it out, as the paper
+            does.
 
     Returns:
         Posterior of all leaves; its notes say where few measurements leave the answer to the prior.
@@ -139,22 +149,41 @@ def infer(
     """
     measured = np.asarray(measured, dtype=np.int64)
     _check(effects, variances, measured, hierarchy, prior)
+    _check_similarity(similarity, (hierarchy.n_leaves, effects.shape[1]))
     others = np.setdiff1d(np.arange(hierarchy.n_leaves), measured)
     correlations = _smooth if prior == "smooth" else _nested
     among = correlations(hierarchy, measured, measured)
     across = correlations(hierarchy, others, measured)
     mean = np.empty((hierarchy.n_leaves, effects.shape[1]))
     variance = np.empty_like(mean)
-    for d, scale in enumerate(_scales(effects, variances)):
-        # Solved in units of the data's own scale, so that no number below depends on the units of the scores.
-        signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(GRID, GRID))
-        parts = average(
-            effects[:, d] / scale, variances[:, d] / scale**2, among, across, signal, leaf, -0.5 * (signal + leaf)
-        )
+    # Solved in units of the data's own scale, so that no number below depends on the units of the scores.
+    scales = _scales(effects, variances)
+    y, noise = effects / scales, variances / scales**2
+    signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(GRID, GRID))
+    log_prior = -0.5 * (signal + leaf)
+    trends: list[Trend | None] = [None] * len(scales)
+    if similarity is not None:
+        spread = similarity.std(axis=0)
+        z = (similarity - similarity.mean(axis=0)) / np.where(spread > 0, spread, 1)
+        tasks = range(len(scales))
+        slopes = [slope(y[:, d], noise[:, d], among, signal, leaf, log_prior, z[measured, d]) for d in tasks]
+        trends = [Trend(z[measured, d], z[others, d], *pooled_slope(np.delete(slopes, d, axis=0))) for d in tasks]
+    for d, scale in enumerate(scales):
+        parts = average(y[:, d], noise[:, d], among, across, signal, leaf, log_prior, trends[d])
         mean[measured, d], mean[others, d] = parts.measured_mean * scale, parts.other_mean * scale
         variance[measured, d] = parts.measured_variance * scale**2
         variance[others, d] = parts.other_variance * scale**2
     return Posterior(mean, np.sqrt(variance), _notes(measured, hierarchy, prior))
+
+
+@dataclass(frozen=True, eq=False)
+class Trend:
+    """A covariate: its values at the m measured and u other leaves, and the Gaussian prior of its slope."""
+
+    measured: np.ndarray
+    other: np.ndarray
+    mean: float
+    variance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +204,7 @@ def average(
     signal: np.ndarray,
     leaf: np.ndarray,
     log_prior: np.ndarray,
+    trend: Trend | None = None,
 ) -> Averaged:
     """Posterior of one task, averaged over K correlations x p pairs of variances; K = p = 1 fixes them.
 
@@ -185,7 +215,8 @@ def average(
         another leaf:   mean mu + c' P y,      variance signal + leaf - c' P c - 2 c'u/q + 1/q
         log weight:     -(log|V| + log q + y' P y) / 2 + log_prior
 
-    The variance of the average is the mean variance plus the variance of the means.
+    The variance of the average is the mean variance plus the variance of the means. A trend adds its mean slope times
+    the covariate z to mu, and its slope's variance times zz' to the covariances.
 
     Args:
         effects: (m,) measured effects y.
@@ -195,51 +226,128 @@ def average(
         signal: (p,) variances of the shared part.
         leaf: (p,) variances of the leaf's own part.
         log_prior: (p,) log prior weights of the pairs.
+        trend: a covariate and the prior of its slope.
     """
+    m, u = len(effects), across.shape[1]
+    if trend is None:
+        trend = Trend(np.zeros(m), np.zeros(u), 0.0, 0.0)
     noise = noise + JITTER
-    centre = effects.mean()
-    y = effects - centre
-    solved = [_solve(y, noise, correlation, signal, leaf) for correlation in among]
+    expected = trend.mean * trend.measured
+    expected = expected + (effects - expected).mean()
+    y = effects - expected
+    z = trend.measured
+    solved = [
+        _solve(y, noise, correlation, signal, leaf, trend.variance * np.outer(z, z)) for correlation in among
+    ]  # fmt: skip
     log_weights = np.array([log_likelihood + log_prior for *_, log_likelihood in solved])
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
 
-    m, u = len(y), across.shape[1]
     mean_m, square_m = np.zeros(m), np.zeros(m)
     mean_o, square_o = np.zeros(u), np.zeros(u)
-    for w, (precision, trend, level, _), correlation in zip(weights, solved, across, strict=True):
+    # What the covariances of the other leaves are made of: signal times correlation, and the trend's share.
+    lift = np.concatenate([
+        signal[:, None, None] * np.eye(m), np.broadcast_to(trend.variance * z, (len(signal), 1, m))
+    ], axis=1)  # fmt: skip
+    for w, (precision, pull, level, _), correlation in zip(weights, solved, across, strict=True):
         residual = precision @ y
         means = y - noise * residual
         mean_m += w @ means
         square_m += w @ (means**2 + noise - noise**2 * np.diagonal(precision, axis1=1, axis2=2))
-        # For the other leaves mean and variance are linear and quadratic in (c, 1), and c is the correlation times the
-        # signal: the average over pairs of variances is taken inside that form, once for all leaves.
-        slope = signal[:, None] * residual
-        shift = y @ trend.T
-        mean_o += correlation @ (w @ slope) + w @ shift
-        quadratic = (w[:, None] * slope).T @ slope
-        quadratic -= np.tensordot(w * signal**2, precision, axes=1)
-        linear = 2 * (w @ (shift[:, None] * slope - signal[:, None] * trend))
-        square_o += np.einsum("ij,ij->i", correlation @ quadratic + linear, correlation)
-        square_o += w @ (shift**2 + signal + leaf + level)
+        # For the other leaves mean and variance are linear and quadratic in (c, 1), and c is linear in the correlation
+        # and z: the average over pairs of variances is taken inside that form, once for all leaves.
+        features = np.concatenate([correlation, trend.other[:, None]], axis=1)
+        gain = np.einsum("pij,pj->pi", lift, residual)
+        shift = y @ pull.T
+        mean_o += features @ (w @ gain) + w @ shift
+        quadratic = (w[:, None] * gain).T @ gain
+        quadratic -= np.tensordot(w, lift @ precision @ lift.transpose(0, 2, 1), axes=1)
+        linear = 2 * (w @ (shift[:, None] * gain - np.einsum("pij,pj->pi", lift, pull)))
+        square_o += np.einsum("ij,ij->i", features @ quadratic + linear, features)
+        square_o += w @ (shift**2 + signal + leaf + level) + w.sum() * trend.variance * trend.other**2
+    centre = expected[0] - trend.mean * z[0]
     return Averaged(
-        mean_m + centre,
+        mean_m + expected,
         np.maximum(square_m - mean_m**2, 0),
-        mean_o + centre,
+        mean_o + centre + trend.mean * trend.other,
         np.maximum(square_o - mean_o**2, 0),
     )
 
 
+def slope(
+    effects: np.ndarray,
+    noise: np.ndarray,
+    among: np.ndarray,
+    signal: np.ndarray,
+    leaf: np.ndarray,
+    log_prior: np.ndarray,
+    z: np.ndarray,
+) -> tuple[float, float]:
+    """Slope of one task's effects on a covariate and its variance, by generalised least squares.
+
+    With P the restricted precision: slope z'Py / z'Pz, variance 1 / z'Pz; averaged over the grid as in `average`,
+    where integrating out the slope adds (z'Py)^2 / 2 z'Pz - log(z'Pz) / 2 to the log weight.
+
+    Args:
+        effects, noise, among, signal, leaf, log_prior: As in `average`.
+        z: (m,) the covariate.
+
+    Returns:
+        slope and variance; the variance is infinite where the covariate does not vary.
+    """
+    if np.ptp(z) == 0:
+        return 0.0, np.inf
+    y = effects - effects.mean()
+    solved = [_solve(y, noise + JITTER, correlation, signal, leaf) for correlation in among]
+    curvature = np.array([precision @ z @ z for precision, *_ in solved])
+    slopes = np.array([precision @ y @ z for precision, *_ in solved]) / curvature
+    log_weights = np.array([log_likelihood + log_prior for *_, log_likelihood in solved])
+    log_weights += 0.5 * (slopes**2 * curvature - np.log(curvature))
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
+    mean = float((weights * slopes).sum())
+    return mean, float((weights * (1 / curvature + (slopes - mean) ** 2)).sum())
+
+
+def pooled_slope(slopes: np.ndarray) -> tuple[float, float]:
+    """What the slopes of some tasks say of the slope of one more: mean and variance of its prior.
+
+    Slopes of tasks are Gaussian around a common mean of prior sd `SLOPE_SD`, with a spread averaged over
+    `SLOPE_SPREADS` by its marginal likelihood.
+
+    Args:
+        slopes: (k, 2) estimate and variance of each; k may be 0.
+    """
+    estimate, variance = np.asarray(slopes, np.float64).reshape(-1, 2).T
+    square = np.square(SLOPE_SPREADS)
+    precision = 1 / (variance + square[:, None])
+    total = 1 / SLOPE_SD**2 + precision.sum(axis=1)
+    mean = precision @ estimate / total
+    log_weights = 0.5 * (np.log(np.where(precision > 0, precision, 1)).sum(axis=1) - np.log(total))
+    log_weights -= 0.5 * (precision @ estimate**2 - mean**2 * total)
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
+    centre = weights @ mean
+    return float(centre), float(weights @ (1 / total + square + mean**2) - centre**2)
+
+
 def _solve(
-    y: np.ndarray, noise: np.ndarray, correlation: np.ndarray, signal: np.ndarray, leaf: np.ndarray
+    y: np.ndarray,
+    noise: np.ndarray,
+    correlation: np.ndarray,
+    signal: np.ndarray,
+    leaf: np.ndarray,
+    fixed: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For p pairs of variances: P (p, m, m), u/q (p, m), 1/q (p,) and the restricted log-likelihood (p,).
+
+    `fixed` (m, m) is added to the covariance of every pair.
 
     P does not change when a constant is added to all of V. So V is centred and the common level, which cancels out of
     P, given the size of the rest: V itself is close to singular where leaves are nearly perfectly correlated.
     """
     m = len(y)
-    covariance = signal[:, None, None] * correlation
+    covariance = signal[:, None, None] * correlation + fixed
     covariance[:, np.arange(m), np.arange(m)] += leaf[:, None] + noise
     column = covariance.mean(axis=1)
     total = column.mean(axis=1)
@@ -286,6 +394,11 @@ def _check(effects: np.ndarray, variances: np.ndarray, measured: np.ndarray, hie
         raise HarpError(f"Measured leaves must be distinct ids from 0 to {hierarchy.n_leaves - 1}.")
     if not np.isfinite(effects).all() or not np.isfinite(variances).all() or (variances < 0).any():
         raise HarpError("Effects must be finite, and variances finite and at least 0.")
+
+
+def _check_similarity(similarity: np.ndarray | None, shape: tuple[int, int]) -> None:
+    if similarity is not None and (similarity.shape != shape or not np.isfinite(similarity).all()):
+        raise HarpError(f"Similarities must be {shape[0]} x {shape[1]} finite numbers, one for each leaf and task.")
 
 
 def _scales(effects: np.ndarray, variances: np.ndarray) -> np.ndarray:

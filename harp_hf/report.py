@@ -14,6 +14,7 @@ from .errors import MissingExtraError
 from .pool import row_parts
 from .rundir import RunDir
 from .smoothness import smoothness
+from .sources import Z90
 
 if TYPE_CHECKING:
     from .drawing import Figure
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 TASK_FIGURES = 6
 ROWS_SHOWN = 3
 LETTERS_SHOWN = 420
+# Longer tables show as many lines as this.
+LEAVES_LISTED, SOURCES_LISTED = 200, 100
 _STAGES = ("features", "hierarchy", "training", "evaluation")
 
 
@@ -55,17 +58,17 @@ def write_report(result: HarpResult, path: str | Path) -> Path:
     )  # fmt: skip
     environment.filters["compact"] = _compact
     drawn = draw_figures(result)
-    page = environment.get_template("report.html").render(figures=drawn, **_facts(result))
+    page = environment.get_template("report.html").render(figures=drawn, model=_model(run), **_facts(result))
     for section, group in drawn.items():
         # A card has no room for a figure of every task.
-        for figure in group if section != "effects" or len(group) == 1 else []:
+        for figure in group if section not in ("effects", "sources") or len(group) == 1 else []:
             _write(run, f"result/{figure.name}.png", figure.png)
     # A row may hold half a surrogate pair or a control sign, which no page can.
     return _write(run, "result/report.html", _clean(page).encode("utf-8", "replace"))
 
 
 def draw_figures(result: HarpResult) -> dict[str, list[Figure]]:
-    """The figures of each section: `hierarchy`, `effects`, `greedy`, `scores` and `smoothness`; some may be empty.
+    """The figures of each section: hierarchy, sources, effects, greedy, scores and smoothness; some may be empty.
 
     Each has a `name`, a `caption`, a text alternative `alt`, an `svg` and a `png`.
     """
@@ -77,8 +80,13 @@ def draw_figures(result: HarpResult) -> dict[str, list[Figure]]:
     overall = mean[:, deciding].mean(axis=1)
     drawn: dict[str, list[Figure]] = {
         "hierarchy": [treemap.hierarchy_map(hierarchy, overall, measured, _over(result))],
+        "sources": [],
         "greedy": [],
     }
+    if result.sources is not None and len(result.tasks) <= TASK_FIGURES:
+        drawn["sources"] = [
+            figures.source_effects(d + 1, task, _sources(result), d) for d, task in enumerate(result.tasks)
+        ]
     if len(result.tasks) <= TASK_FIGURES:
         drawn["effects"] = [
             figures.leaf_effects(d + 1, task, mean[:, d], sd[:, d], measured) for d, task in enumerate(result.tasks)
@@ -124,10 +132,48 @@ def _facts(result: HarpResult) -> dict[str, Any]:
         "assumption": found.words() if found else (
             f"Only {len(measured.leaves)} leaves were measured: too few to see whether near leaves have like effects."
         ),
+        "sources": _sources(result),
+        "more_sources": len(result.sources.names) - SOURCES_LISTED if result.sources is not None else 0,
+        "leaves": _leaves(result),
         "examples": _examples(result),
         "over": _over(result),
         "notes": result.posterior.notes,
     }  # fmt: skip
+
+
+def _model(run: RunDir) -> str:
+    from .card import model_name, public, read_run
+
+    return public(model_name(*read_run(run.path)))
+
+
+def _sources(result: HarpResult) -> list[dict[str, Any]]:
+    """The table by source, the intervals of each task under `phi`."""
+    if result.sources is None:
+        return []
+    return [
+        line | {"phi": [_interval(line[f"phi_{task}"], line[f"phi_sd_{task}"]) for task in result.tasks]}
+        for line in result.by_source()[:SOURCES_LISTED]
+    ]
+
+
+def _leaves(result: HarpResult) -> list[dict[str, Any]]:
+    """φ of leaves on every task, by their mean over the deciding ones; the first and last where there are many."""
+    mean, sd = result.posterior.mean, result.posterior.sd
+    order = np.argsort(-mean[:, _deciding(result)].mean(axis=1), kind="stable")
+    if len(order) > LEAVES_LISTED:
+        order = np.concatenate([order[: LEAVES_LISTED // 2], order[-LEAVES_LISTED // 2 :]])
+    measured, sizes = np.isin(order, result.measurements.leaves), result.hierarchy.sizes[order]
+    return [
+        {"leaf": int(g), "rows": int(sizes[i]), "measured": bool(measured[i]),
+         "phi": [_interval(m, s) for m, s in zip(mean[g], sd[g], strict=True)]}
+        for i, g in enumerate(order)
+    ]  # fmt: skip
+
+
+def _interval(mean: float, sd: float) -> tuple[float, float, float]:
+    """Mean and ends of a 90 % interval."""
+    return mean, mean - Z90 * sd, mean + Z90 * sd
 
 
 def _deciding(result: HarpResult) -> np.ndarray:

@@ -12,14 +12,16 @@ from datasets import Dataset, concatenate_datasets
 
 from . import posterior as posteriors
 from .config import HarpConfig, check_choice
-from .envelopes import Order, Variant, cut, greedy, predict
+from .envelopes import BudgetBy, Order, Variant, cut, greedy, predict, share
 from .errors import ConfigError, DataError, HarpError
 from .hierarchy import Hierarchy
 from .measurements import Measurements
-from .pool import content_digest, load_rows
+from .mixture import load_pool, read_mixture
+from .pool import content_digest
 from .proxy import ProxySet
 from .quiet import quiet
 from .rundir import RunDir
+from .sources import Labels, Sources, infer_sources, tabulate
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Choice:
     budget: int | None = None
     task_weights: dict[str, float] | None = None
     active_tasks: tuple[str, ...] = ("auto",)
+    budget_by: BudgetBy = "task"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +52,10 @@ class HarpResult:
         seconds (`dict[str, float]`): Seconds by stage.
         digest (`str`): Digest of the pool's contents.
         path (`Path`, *optional*): The run directory.
+        sources (`Sources`, *optional*): Source of each row of the pool, and the posterior of the mean φ of each
+            source; see [`~HarpResult.by_source`].
+        similarity (`np.ndarray`, *optional*): (n_leaves, D) of each leaf to the proxy rows of each task, where the
+            prior uses it.
     """
 
     pool: Dataset
@@ -63,6 +70,8 @@ class HarpResult:
     seconds: dict[str, float]
     digest: str
     path: Path | None = None
+    sources: Sources | None = None
+    similarity: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return (
@@ -76,6 +85,7 @@ class HarpResult:
         budget: int | None = None,
         task_weights: dict[str, float] | None = None,
         active_tasks: list[str] | str | None = None,
+        budget_by: str | None = None,
     ) -> Dataset:
         """The chosen rows of the pool in greedy order, rows nearest their leaf's centroid first.
 
@@ -84,6 +94,7 @@ class HarpResult:
             budget: At most that many rows.
             task_weights: Weight of each task in the objective; tasks not named weigh 1.
             active_tasks: `"auto"`, `"all"` or names of tasks.
+            budget_by: `"task"` or `"leaf"`: who shares a budget below the best prefix.
 
         Returns:
             `Dataset`: The original columns untouched, and beside them `phi` (mean effect of the row's leaf over the
@@ -93,7 +104,7 @@ class HarpResult:
         Raises:
             HarpError: An argument cannot be used, no task is active, or no leaf is expected to help.
         """
-        choice = self.choosing(variant, budget, task_weights, active_tasks).choice
+        choice = self.choosing(variant, budget, task_weights, active_tasks, budget_by).choice
         rows, ranks = self.chosen(choice)
         if len(rows) == 0:
             raise HarpError("No leaf of the pool is expected to raise the score of the active tasks.")
@@ -131,7 +142,7 @@ class HarpResult:
                 "No task has measured effects that are distinguishable from none: measure more leaves, use a larger "
                 "proxy set, or set active_tasks to 'all'."
             )
-        weights = np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])[active]
+        weights = self._weights(choice)[active]
         if not weights.any():
             raise ConfigError("All active tasks have the weight 0.")
         return greedy(self.posterior.mean[:, active], self.null[active], weights, variant=choice.variant)
@@ -139,7 +150,16 @@ class HarpResult:
     def chosen(self, choice: Choice | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Chosen pool rows in greedy order, and the place of each row's leaf in that order."""
         choice = choice or self.choice
-        return cut(self.order(choice), self.hierarchy, choice.budget)
+        order = self.order(choice)
+        if choice.budget_by == "leaf":
+            return cut(order, self.hierarchy, choice.budget)
+        active = self.active(choice)
+        return share(
+            order, self.hierarchy, self.posterior.mean[:, active], self._weights(choice)[active], choice.budget
+        )
+
+    def _weights(self, choice: Choice) -> np.ndarray:
+        return np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])
 
     def predicted(self, choice: Choice | None = None) -> np.ndarray:
         """(D,) score that the envelope expects of each task after finetuning on the chosen leaves."""
@@ -189,6 +209,17 @@ class HarpResult:
             "selected": selected,
         }
 
+    def by_source(self) -> list[dict[str, Any]]:
+        """What each source of the pool gives the selection and does to the tasks; see [`~harp_hf.sources.tabulate`].
+
+        Raises:
+            HarpError: The sources of the rows are not known.
+        """
+        if self.sources is None:
+            raise HarpError("The sources of rows are not known: set `source_column`, or pass a mixture as the pool.")
+        chosen = self.chosen()[0] if self.active().any() else np.array([], int)
+        return tabulate(self.sources, self.tasks, self.hierarchy.leaf, self.measurements.leaves, chosen)
+
     def summary(self) -> str:
         """A table of the tasks and the cost of the run, for people."""
         from .summary import summarise
@@ -197,7 +228,8 @@ class HarpResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything but the pool's rows to the folder `path`/result; see [`load_result`]."""
-        run, measured = RunDir(path), self.measurements
+        run, measured, sources = RunDir(path), self.measurements, self.sources
+        told = {"row": sources.row, "mean": sources.mean, "sd": sources.sd} if sources is not None else {}
         run.write_arrays(
             "result/arrays.npz",
             task=self.task, mean=self.posterior.mean, sd=self.posterior.sd, distinguishable=self.distinguishable,
@@ -205,11 +237,14 @@ class HarpResult:
             trained_rows=np.concatenate([measured.rows[g] for g in measured.leaves.tolist()]),
             trained_ends=np.cumsum([len(measured.rows[g]) for g in measured.leaves.tolist()]),
             **{f"hierarchy_{k}": v for k, v in self.hierarchy.arrays().items()},
+            **{f"source_{k}": v for k, v in told.items()},
+            **({"similarity": self.similarity} if self.similarity is not None else {}),
         )  # fmt: skip
         run.write_json("result/seconds.json", {"seconds": self.seconds, "cost": measured.cost})
         run.write_json("result/result.json", {
             "tasks": self.tasks, "metrics": self.metrics, "choice": asdict(self.choice), "pool": self.digest,
             "notes": list(self.posterior.notes), "failed": {str(k): v for k, v in measured.failed.items()},
+            "sources": sources.names if sources is not None else None,
         })  # fmt: skip
 
     def push_to_hub(self, repo_id: str, variant: str | None = None, budget: int | None = None, *, private: bool = True,
@@ -227,6 +262,7 @@ class HarpResult:
         budget: int | None = None,
         task_weights: dict[str, float] | None = None,
         active_tasks: list[str] | str | None = None,
+        budget_by: str | None = None,
     ) -> HarpResult:
         """The same result that chooses otherwise by default; arguments as in [`~HarpResult.select`].
 
@@ -234,28 +270,38 @@ class HarpResult:
             ConfigError: An argument cannot be used.
         """
         names = (active_tasks,) if isinstance(active_tasks, str) else tuple(active_tasks or ())
-        check_choice(variant, budget, task_weights)
+        check_choice(variant, budget, task_weights, budget_by)
         for task in {*(task_weights or {}), *(names if names not in (("auto",), ("all",)) else ())}:
             if task not in self.tasks:
                 raise ConfigError(f"There is no task {task!r}; the tasks are {', '.join(self.tasks)}.")
-        given = {"variant": variant, "budget": budget, "task_weights": task_weights, "active_tasks": names or None}
+        given = {"variant": variant, "budget": budget, "task_weights": task_weights, "active_tasks": names or None,
+                 "budget_by": budget_by}  # fmt: skip
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         return replace(self, choice=replace(self.choice, **changes))
 
 
 def conclude(pool: Dataset, proxy: ProxySet, hierarchy: Hierarchy, measured: Measurements, args: HarpConfig,
-             metrics: list[str], digest: str, seconds: dict[str, float]) -> HarpResult:  # fmt: skip
-    """Infer the effects of every leaf from the measured ones."""
+             metrics: list[str], digest: str, seconds: dict[str, float],
+             labels: Labels | None = None, similarity: np.ndarray | None = None) -> HarpResult:  # fmt: skip
+    """Infer the effects of every leaf, and of every source where these are known, from the measured ones."""
     effects, variances = posteriors.measured_effects(
         np.nanmean(measured.scores, axis=1), measured.null, proxy.task, len(proxy.tasks),
         replicates=measured.replicates(proxy.task, len(proxy.tasks)),
     )  # fmt: skip
-    inferred = posteriors.infer(effects, variances, measured.leaves, hierarchy, prior=args.prior)
+    inferred = posteriors.infer(
+        effects, variances, measured.leaves, hierarchy, prior=args.prior, similarity=similarity
+    )
+    sources = None
+    if labels is not None:
+        sources = infer_sources(
+            labels, effects, variances, measured.leaves, hierarchy, prior=args.prior, similarity=similarity
+        )
     weights = args.task_weights if isinstance(args.task_weights, dict) else None
-    choice = Choice(args.variant, args.budget, weights, tuple(args.active_tasks))
+    choice = Choice(args.variant, args.budget, weights, tuple(args.active_tasks), args.budget_by)
     return HarpResult(
         pool, proxy.tasks, metrics, proxy.task, hierarchy, measured, inferred,
-        posteriors.active_tasks(effects, variances), choice, seconds, digest,
+        posteriors.active_tasks(effects, variances), choice, seconds, digest, sources=sources,
+        similarity=similarity,
     )  # fmt: skip
 
 
@@ -277,23 +323,30 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
     costs = run.read_json("result/seconds.json")
     if dataset is None:
         written = run.file("config.yaml")
-        config = yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else {}
-        if "dataset_name" not in config:
+        config: dict[str, Any] = {"seed": HarpConfig.seed}
+        config |= yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else {}
+        if not config.keys() & {"dataset_name", "datasets"}:
             raise DataError(f"The pool of {path} was an object in memory: pass it as `dataset`.")
-        dataset, name = config["dataset_name"], config.get("dataset_config")
-        pool = load_rows(dataset, name=name, split=config.get("dataset_train_split", "train"))
+        pool, _ = load_pool(
+            read_mixture(config) or config["dataset_name"], config["seed"],
+            name=config.get("dataset_config"), split=config.get("dataset_train_split", "train"),
+        )  # fmt: skip
     else:
-        pool = load_rows(dataset)
+        pool, _ = load_pool(dataset, HarpConfig.seed)
     if content_digest(pool) != known["pool"]:
         raise DataError(f"The pool is not the one that {path} was measured on.")
     leaves = arrays["leaves"].tolist()
     rows = dict(zip(leaves, np.split(arrays["trained_rows"], arrays["trained_ends"][:-1]), strict=True))
     failed = {int(k): v for k, v in known["failed"].items()}
     measured = Measurements(arrays["leaves"], arrays["scores"], arrays["null"], failed, rows, costs["cost"])
+    sources = None
+    if known.get("sources"):
+        sources = Sources(known["sources"], *(arrays[f"source_{name}"] for name in ("row", "mean", "sd")))
     chosen = known["choice"] | {"active_tasks": tuple(known["choice"]["active_tasks"])}
     return HarpResult(
         pool, known["tasks"], known["metrics"], arrays["task"],
         Hierarchy(**{k.removeprefix("hierarchy_"): v for k, v in arrays.items() if k.startswith("hierarchy_")}),
         measured, posteriors.Posterior(arrays["mean"], arrays["sd"], tuple(known["notes"])),
-        arrays["distinguishable"], Choice(**chosen), costs["seconds"], known["pool"], Path(path),
+        arrays["distinguishable"], Choice(**chosen), costs["seconds"], known["pool"], Path(path), sources,
+        arrays.get("similarity"),
     )  # fmt: skip

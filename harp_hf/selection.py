@@ -14,27 +14,31 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DatasetMixtureConfig
 
 from .config import HarpConfig
 from .design import choose_leaves
+from .errors import RunDirError
+from .evaluation.backends import open_evaluator
 from .evaluation.scoring import Metric, describe_metrics
-from .evaluation.transformers import TransformersEvaluator
 from .execution.local import base_scores, measure_leaves
-from .features import load_features
-from .finetune import LeafFinetuner, load_model
+from .features import comparable, load_features, load_proxy_features
+from .finetune import LeafFinetuner, load_model, shards
 from .hierarchy import Hierarchy, build_hierarchy
-from .inputs import read_inputs
+from .inputs import Inputs, read_inputs
 from .manifest import describe_call
 from .measurements import Measurements
+from .processes import from_main, join, main_first
 from .proxy import ProxySet
 from .result import HarpResult, conclude
 from .rundir import RunDir
+from .similarity import leaf_similarity
 
 logger = logging.getLogger(__name__)
 
 
 def select(
-    dataset: Dataset | DatasetDict | str,
+    dataset: Dataset | DatasetDict | DatasetMixtureConfig | str,
     eval_dataset: Dataset | DatasetDict | ProxySet | str | None = None,
     model: str | PreTrainedModel | None = None,
     args: HarpConfig | None = None,
@@ -51,7 +55,7 @@ def select(
 
 
 def measure(
-    dataset: Dataset | DatasetDict | str,
+    dataset: Dataset | DatasetDict | DatasetMixtureConfig | str,
     eval_dataset: Dataset | DatasetDict | ProxySet | str | None = None,
     model: str | PreTrainedModel | None = None,
     args: HarpConfig | None = None,
@@ -64,10 +68,11 @@ def measure(
 ) -> HarpResult:
     """The costly part: finetune on a few leaves of the pool, score each on the target tasks, infer all other leaves.
 
-    Everything measured is kept in `args.output_dir`; the same call continues there after a crash.
+    Everything measured is kept in `args.output_dir`; the same call continues there after a crash. Under
+    `accelerate launch` all processes share each finetune, the main one does the rest, and all return the result.
 
     Args:
-        dataset: The pool, in any format that [`~trl.SFTTrainer`] takes; also a path or a Hub id.
+        dataset: The pool, in any format that [`~trl.SFTTrainer`] takes; also a path, a Hub id or a mixture.
         eval_dataset: The proxy set: held-out rows of the target tasks with `prompt` and `answer` (or `completion`),
             and optionally `task` and `choices`; also a `DatasetDict` with one task a key, a path or a Hub id.
         model: Path or Hub id of the base model, or the model itself.
@@ -87,29 +92,35 @@ def measure(
         HarpError: Something passed cannot be used; one sentence says what and where.
     """
     args = args if args is not None else HarpConfig()
-    given = read_inputs(
+    join()
+    given = main_first(lambda: read_inputs(
         dataset, eval_dataset, model, args, peft_config, processing_class, features, metric, null_scores
-    )  # fmt: skip
+    ))  # fmt: skip
     run = RunDir(args.output_dir or "harp_output")
-    run.claim(given.manifest(args))
     names = {"dataset_name": dataset, "eval_dataset_name": eval_dataset, "model_name_or_path": model}
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
-    run.write_yaml("config.yaml", named | describe_call(args))
+    mixtures = [dataset] if isinstance(dataset, DatasetMixtureConfig) else []
+    _claim(run, given.manifest(args), named | describe_call(args, *mixtures))
 
     matrix = _timed(run, "features", lambda: load_features(
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
     ))  # fmt: skip
     hierarchy = _timed(run, "hierarchy", lambda: _load_hierarchy(run, matrix, args))
-    leaves = choose_leaves(hierarchy, args.max_measurements)
+    similarity = None
+    if args.similarity and comparable(given.pool, given.proxy, given.features):
+        similarity = _timed(run, "similarity", lambda: _load_similarity(run, matrix, hierarchy, given, args))
+    leaves = choose_leaves(hierarchy, args.max_measurements, similarity)
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))
 
     # The model is loaded and the pool tokenised once, and not at all where everything is measured already.
     base = cache(lambda: load_model(given.model, args))
-    finetuner = cache(lambda: LeafFinetuner(base(), given.pool, args, given.peft_config, given.tokenizer))
-    evaluator = cache(lambda: TransformersEvaluator(
-        base(), given.tokenizer, given.proxy, given.metrics, args.per_device_eval_batch_size, args.max_new_tokens
+    finetuner = cache(lambda: LeafFinetuner(
+        given.model if shards(args) else base(), given.pool, args, given.peft_config, given.tokenizer
     ))  # fmt: skip
-    null = base_scores(run, evaluator, given.null_scores)
+    evaluator = cache(lambda: open_evaluator(
+        base(), given.model, given.tokenizer, given.proxy, given.metrics, given.peft_config, args
+    ))  # fmt: skip
+    null = from_main(lambda: base_scores(run, evaluator, given.null_scores))
     seeds = range(args.seed, args.seed + args.num_repeats)
     measure_leaves(run, [(g, s) for s in seeds for g in leaves.tolist()], hierarchy.rows, finetuner, evaluator)
 
@@ -118,10 +129,22 @@ def measure(
         "training": measured.cost["seconds_training"], "evaluation": measured.cost["seconds_evaluation"]
     }  # fmt: skip
     result = conclude(
-        given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics), given.digest, seconds
+        given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics), given.digest, seconds,
+        given.labels, similarity,
     )  # fmt: skip
-    result.save(run.path)
+    from_main(lambda: result.save(run.path))
     return replace(result, path=run.path)
+
+
+def _claim(run: RunDir, manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    def claim() -> Any:
+        run.claim(manifest)
+        run.write_yaml("config.yaml", config)
+        return run.read_json("manifest.json")
+
+    claimed = from_main(claim)
+    if not run.file("manifest.json").exists() or run.read_json("manifest.json") != claimed:
+        raise RunDirError(f"The run directory {run.path} must be on a file system that all processes share.")
 
 
 def _load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierarchy:
@@ -131,11 +154,28 @@ def _load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierar
     return Hierarchy(**run.read_arrays("hierarchy.npz"))
 
 
+def _load_similarity(
+    run: RunDir, matrix: np.ndarray, hierarchy: Hierarchy, given: Inputs, args: HarpConfig
+) -> np.ndarray:
+    if not run.file("similarity.npz").exists():
+        examples = load_proxy_features(
+            given.pool, given.proxy, given.features,
+            text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
+        )  # fmt: skip
+        found = leaf_similarity(matrix, hierarchy, examples, given.proxy.task, len(given.proxy.tasks))
+        run.write_arrays("similarity.npz", similarity=found)
+    return run.read_arrays("similarity.npz")["similarity"]
+
+
 def _timed(run: RunDir, stage: str, work: Callable[[], Any]) -> Any:
     """Do one stage; the seconds it took when it was really done are kept in the run directory."""
-    known = run.read_json("seconds.json") if run.file("seconds.json").exists() else {}
-    started = time.monotonic()
-    done = work()
-    if stage not in known:
-        run.write_json("seconds.json", known | {stage: time.monotonic() - started})
-    return done
+
+    def timed() -> Any:
+        known = run.read_json("seconds.json") if run.file("seconds.json").exists() else {}
+        started = time.monotonic()
+        done = work()
+        if stage not in known:
+            run.write_json("seconds.json", known | {stage: time.monotonic() - started})
+        return done
+
+    return main_first(timed)

@@ -10,15 +10,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .sources import Z90
+
 if TYPE_CHECKING:
     from .result import HarpResult
 
 _WIDTH = 100
+# Columns of the table by source that fit beside its name, and sources that it shows.
+_TASKS_ACROSS, _SOURCES = 4, 20
 _STAGES = ("features", "hierarchy", "training", "evaluation")
 
 
 def summarise(result: HarpResult) -> str:
-    """Tasks with null and predicted scores, what each envelope chooses, and what the run cost."""
+    """Tasks with null and predicted scores, what each envelope chooses, the sources, and what the run cost."""
     # Plain text whatever the terminal is: names of tasks may look like markup.
     console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, markup=False, emoji=False)
     active = result.active()
@@ -52,6 +56,12 @@ def summarise(result: HarpResult) -> str:
                       f"{len(result.pool)}")  # fmt: skip
     console.print(table)
 
+    if result.sources is not None:
+        for table in _by_source(result):
+            console.print(table)
+        if (left := len(result.sources.names) - _SOURCES) > 0:
+            console.print(f"Of the sources the {_SOURCES} with most rows are shown, {left} more are not.")
+
     console.print(
         f"Finetunes: {cost['finetunes']:.0f}, on {len(measured.leaves)} of {result.hierarchy.n_leaves} leaves"
         + (f" ({len(measured.failed)} failed)" if measured.failed else "") + ". "
@@ -64,3 +74,24 @@ def summarise(result: HarpResult) -> str:
     for note in result.posterior.notes:
         console.print(f"Note: {note}")
     return console.file.getvalue()
+
+
+def _by_source(result: HarpResult) -> list[Table]:
+    """Rows of every source and, a few tasks at a time, its mean φ with the half width of a 90 % interval."""
+    lines = result.by_source()[:_SOURCES]
+    rows = Table(title=f"Sources, rows chosen by {result.choice.variant.upper()}")
+    for name in ("source", "rows", "chosen", "leaves", "of them measured"):
+        rows.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
+    for line in lines:
+        rows.add_row(*(str(line[name]) for name in ("source", "rows", "chosen", "leaves", "measured_leaves")))
+    tables = [rows]
+    for start in range(0, len(result.tasks), _TASKS_ACROSS):
+        tasks = result.tasks[start : start + _TASKS_ACROSS]
+        table = Table("source", title="Mean φ by source, ± half the width of its 90 % interval")
+        for task in tasks:
+            table.add_column(task, justify="right", overflow="fold")
+        for line in lines:
+            told = (f"{line[f'phi_{task}']:+.3f} ± {Z90 * line[f'phi_sd_{task}']:.3f}" for task in tasks)
+            table.add_row(line["source"], *told)
+        tables.append(table)
+    return tables

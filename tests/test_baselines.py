@@ -397,7 +397,7 @@ PHI = [[0.3, -0.1], [0.0, 0.1], [0.25, 0.0], [-0.2, -0.1]]
 
 def test_top_phi_goes_by_the_mean_effect_alone():
     result = harp_result(PHI, ([0, 1], PHI[:2]))
-    ranking = selector("top-phi").rank(problem_with(result), 5)
+    ranking = selector("top-phi").rank(problem_with(result))
     order = [2, 0, 1, 3]  # means 0.125, 0.1, 0.05 and -0.15
     assert ranking.rows.tolist() == np.concatenate([result.hierarchy.rows(g) for g in order]).tolist()
     assert ranking.rows[:5].tolist() == [11, 10, 9, 8, 7], "rows nearest their centroid first"
@@ -416,11 +416,29 @@ def test_measured_only_leaves_the_posterior_aside(variant, stop):
     # By the posterior leaf 1 is best and the measured ones are bad.
     result = harp_result([[-0.2, 0], [0.4, 0.4], [0, 0], [-0.2, 0]], ([3, 0], [[0.3, 0.0], [0.4, -0.05]]),
                          variant=variant)  # fmt: skip
-    ranking = selector("measured-only").rank(problem_with(result), 3)
+    ranking = selector("measured-only").rank(problem_with(result))
     assert ranking.rows[:7].tolist() == np.concatenate([result.hierarchy.rows(g) for g in (0, 3)]).tolist()
     assert ranking.stop == stop, "beside leaf 0, leaf 3 adds nothing under HARP-C"
     assert sorted(ranking.rows.tolist()) == list(range(16)), "unmeasured leaves follow"
-    assert ranking.rows.tolist() == selector("measured-only").rank(problem_with(result)).rows.tolist()
+    more = selector("measured-only").rank(problem_with(result), stop)
+    assert more.rows.tolist() == ranking.rows.tolist()
+
+
+@pytest.mark.parametrize("budget_by", ["task", "leaf"])
+def test_ablations_share_a_budget_as_harp_does(budget_by):
+    # All leaves are measured exactly, so that without the posterior HARP is what it was.
+    phi = [[0.3, -0.1], [0.0, 0.1], [0.25, 0.0], [0.2, 0.1]]
+    result = harp_result(phi, (range(4), phi), variant="harp-e")
+    result = replace(result, choice=replace(result.choice, budget_by=budget_by))
+    harp = result.chosen(replace(result.choice, budget=6))[0]
+    ranking = selector("measured-only").rank(problem_with(result), 6)
+    assert ranking.rows[:6].tolist() == harp.tolist()
+    assert sorted(ranking.rows.tolist()) == list(range(16))
+    best = selector("top-phi").rank(problem_with(result), 6).rows
+    assert len({*result.hierarchy.leaf[best[:6]].tolist()}) == 2
+    assert (best[:6].tolist() == selector("top-phi").rank(problem_with(result)).rows[:6].tolist()) == (
+        budget_by == "leaf"
+    )
 
 
 def test_exhaustive_is_harp_with_every_leaf_measured(tiny_model, pool, proxy, features, config, tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def test_the_config_that_a_run_writes_repeats_it(run, disk, tmp_path, counted, c
         "output_dir": str(run[0]), "dataset_name": str(disk / "pool.jsonl"), "variant": "harp-e", "budget": 30,
         "eval_dataset_name": str(disk / "proxy.jsonl"), **SETTINGS,
         "model_name_or_path": yaml.safe_load((disk / "harp.yaml").read_text())["model_name_or_path"],
-        "use_peft": True, "dtype": None, "dataloader_pin_memory": False,
+        "use_peft": True, "dtype": None,
     }  # fmt: skip
     before = load_result(run[0]).select().to_list()
     cli.main(["select", "--config", str(run[0] / "config.yaml")])

@@ -103,3 +103,22 @@ def test_equal_leaves_are_taken_by_id() -> None:
 def test_at_least_one_leaf_is_measured(wanted: int) -> None:
     with pytest.raises(HarpError, match="max_measurements"):
         choose_leaves(hierarchy_of(np.eye(2), np.arange(2)), wanted)
+
+
+@settings(deadline=None)
+@given(hierarchies(), st.integers(1, 30), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_the_leaf_most_similar_to_each_task_is_every_other_measurement(
+    hierarchy: Hierarchy, wanted: int, n_tasks: int, seed: int
+) -> None:
+    similarity = np.random.default_rng(seed).random((hierarchy.n_leaves, n_tasks))
+    likely = set(similarity.argmax(axis=0).tolist())
+    chosen = choose_leaves(hierarchy, wanted, similarity).tolist()
+    assert len(chosen) == len(set(chosen)) == min(wanted, hierarchy.n_leaves)
+    for step, leaf in enumerate(chosen):
+        if step % 2 == 0 and likely - set(chosen[:step]):
+            assert leaf in likely
+    assert likely <= set(chosen) or len(chosen) < 2 * len(likely)
+    if wanted >= len(hierarchy.large):
+        assert choose_leaves(hierarchy, wanted + 1, similarity)[: len(chosen)].tolist() == chosen
+    if wanted >= 2 * len(hierarchy.large):
+        assert set(hierarchy.parent[chosen].tolist()) == set(range(len(hierarchy.large))), "no parent is left out"

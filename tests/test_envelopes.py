@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict
+from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict, share
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
 
@@ -150,6 +150,55 @@ def test_the_leaf_that_crosses_the_budget_gives_its_nearest_rows() -> None:
     assert np.array_equal(np.sort(rows[ranks == 0]), np.flatnonzero(hierarchy.leaf == 1))
     assert len(kept) == 3
     assert hierarchy.distance[kept].max() <= hierarchy.distance[left].min()
+
+
+def leaves_of(*sizes: int) -> Hierarchy:
+    leaf = np.repeat(np.arange(len(sizes)), sizes)
+    centroids = np.eye(len(sizes), dtype=np.float32)
+    return Hierarchy(
+        leaf=leaf, parent=np.zeros(len(sizes), np.int64), large=np.zeros(1, np.int64), centroids=centroids,
+        parent_centroids=centroids.mean(axis=0, keepdims=True),
+        distance=np.arange(len(leaf), dtype=np.float32) / len(leaf),
+    )  # fmt: skip
+
+
+def test_tasks_share_a_small_budget_by_their_weights() -> None:
+    phi = np.array([[0.5, 0.0, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1], [0.2, 0.0, 0.0]])
+    order = greedy(phi, np.zeros(3), np.ones(3), variant="harp-e")
+    assert order.best_prefix == 4
+    hierarchy = leaves_of(20, 20, 4, 20)
+    rows, ranks = share(order, hierarchy, phi, np.ones(3), 30)
+    given = np.bincount(hierarchy.leaf[rows], minlength=4)
+    assert given.tolist() == [13, 13, 4, 0], "the third task's leaf has four rows, and the others share what it leaves"
+    assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()
+    assert (np.diff(ranks) >= 0).all()
+    heavy, _ = share(order, hierarchy, phi, np.array([3.0, 1.0, 0.0]), 16)
+    assert np.bincount(hierarchy.leaf[heavy], minlength=4).tolist() == [12, 4, 0, 0]
+    more, _ = share(order, hierarchy, phi, np.array([3.0, 1.0, 0.0]), 40)
+    assert np.bincount(hierarchy.leaf[more], minlength=4).tolist() == [20, 10, 0, 10], "then from the next best leaf"
+
+
+def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
+    phi = np.array([[0.5]])
+    order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-c")
+    assert share(order, leaves_of(12), phi, np.ones(1), 3)[0].tolist() == [2, 6, 10]
+
+
+@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS))
+@settings(deadline=None, max_examples=100)
+def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str) -> None:
+    phi, null, weights = problem
+    hierarchy = leaves_of(*(3 + 2 * g for g in range(len(phi))))
+    order = greedy(phi, null, weights, variant=variant)
+    rows, ranks = share(order, hierarchy, phi, weights, budget)
+    prefix = cut(order, hierarchy)[0]
+    assert len(np.unique(rows)) == len(rows) <= budget
+    assert set(rows) <= set(prefix)
+    assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()
+    if len(prefix) <= budget:
+        assert np.array_equal(rows, cut(order, hierarchy, budget)[0])
+    elif all((phi[g] * weights).max() > 0 for g in order.leaves[: order.best_prefix]):
+        assert len(rows) == budget, "some task takes from every leaf of the prefix"
 
 
 def test_bad_input_is_refused() -> None:

@@ -101,10 +101,18 @@ def test_tfidf_puts_similar_rows_near_each_other(load):
     assert red.mean() > green.mean() + 0.1
 
 
-def test_a_model_reads_prompt_and_answer_in_the_order_of_the_pool(load, pool):
+def test_a_model_reads_what_each_row_asks_in_the_order_of_the_pool(load, pool):
     model = Lengths()
     load(model, batch_size=1)
-    assert model.texts == [f"{row['prompt']}\n{row['completion']}" for row in pool]
+    assert model.texts == [row["prompt"] for row in pool]
+
+
+def test_answers_are_read_only_where_they_are_not_parted_from_the_question(load):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ciao"}]
+    model = Lengths()
+    load(model, Dataset.from_dict({"messages": [turns, turns[1:]]}))
+    load(model, Dataset.from_dict({"text": ["hi ciao"]}), folder="text")
+    assert model.texts == ["hi", "ciao", "hi ciao"]
 
 
 def test_a_pool_that_comes_tokenised_is_decoded(load):

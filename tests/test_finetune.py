@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from trl import SFTTrainer
 
-from harp_hf.errors import DataError, FinetuneError
+from harp_hf.errors import ConfigError, DataError, FinetuneError
 from harp_hf.finetune import LeafFinetuner, LeafTrainer, default_peft_config, load_model, load_tokenizer
 
 
@@ -109,6 +109,21 @@ def test_a_loss_that_turns_nan_fails_the_leaf_and_spares_the_base(tiny_model, po
         finetuner.finetune(np.arange(24), 0, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert digest(model) == before
+
+
+def test_a_model_that_trainers_load_themselves_learns_the_same(finetuner, tiny_model, pool, config, tmp_path):
+    args = config()
+    loading = LeafFinetuner(tiny_model, pool, args, default_peft_config(), load_tokenizer(tiny_model, args))
+    done, again = (f.finetune(np.arange(24), 0, tmp_path / f"{n}") for n, f in enumerate((finetuner, loading)))
+    assert again.loss == pytest.approx(done.loss, rel=1e-5)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("0", "1")]
+    assert weights[0] == weights[1]
+
+
+def test_a_model_that_is_divided_among_processes_must_be_named(finetuner, pool, config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="pass its path or Hub id as `model`"):
+        LeafFinetuner(finetuner.model, pool, config(), default_peft_config(), finetuner.processing_class)
 
 
 @pytest.mark.parametrize("completion_only", [True, False])

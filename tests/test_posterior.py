@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
-from harp_hf.posterior import PRIOR_ROWS, active_tasks, average, infer, measured_effects
+from harp_hf.posterior import (
+    PRIOR_ROWS,
+    SLOPE_SD,
+    SLOPE_SPREADS,
+    Trend,
+    active_tasks,
+    average,
+    infer,
+    measured_effects,
+    pooled_slope,
+    slope,
+)
 
 PRIORS = ("smooth", "nested")
 
@@ -170,6 +181,50 @@ def test_fixed_variances_give_the_gaussian_conditional() -> None:
     assert np.concatenate([parts.measured_variance, parts.other_variance]) == pytest.approx(variance, abs=3e-5)
 
 
+def test_a_trend_gives_the_gaussian_conditional_of_effects_with_a_random_slope() -> None:
+    rng = np.random.default_rng(5)
+    y, noise, correlation = random_case(5)
+    z, others = rng.normal(size=5), rng.normal(size=4)
+    found = average(
+        y, noise, correlation[None, :5, :5], correlation[None, 5:, :5], np.array([0.7]), np.array([0.2]), np.zeros(1),
+        Trend(z, others, 0.4, 0.3),
+    )  # fmt: skip
+    everyone = np.concatenate([z, others])
+    joint = 0.7 * correlation + 0.2 * np.eye(9) + 0.3 * np.outer(everyone, everyone) + 1e5
+    gain = joint[:, :5] @ np.linalg.inv(joint[:5, :5] + np.diag(noise))
+    mean = 0.4 * everyone + gain @ (y - 0.4 * z)
+    variance = np.diag(joint - gain @ joint[:5])
+    assert np.concatenate([found.measured_mean, found.other_mean]) == pytest.approx(mean, abs=3e-5)
+    assert np.concatenate([found.measured_variance, found.other_variance]) == pytest.approx(variance, abs=1e-4)
+
+
+def test_a_slope_is_that_of_generalised_least_squares() -> None:
+    rng = np.random.default_rng(6)
+    y, noise, correlation = random_case(6)
+    among = correlation[None, :5, :5]
+    z = rng.normal(size=5)
+    covariance = 0.7 * among[0] + np.diag(noise + 0.2)
+    design = np.stack([np.ones(5), z], axis=1)
+    information = design.T @ np.linalg.solve(covariance, design)
+    expected = np.linalg.solve(information, design.T @ np.linalg.solve(covariance, y))
+    estimate, variance = slope(y, noise, among, np.array([0.7]), np.array([0.2]), np.zeros(1), z)
+    assert estimate == pytest.approx(expected[1], abs=1e-5)
+    assert variance == pytest.approx(np.linalg.inv(information)[1, 1], abs=1e-5)
+    assert slope(y, noise, among, np.ones(1), np.ones(1), np.zeros(1), np.ones(5)) == (0.0, np.inf)
+
+
+def test_tasks_tell_each_other_how_far_similarity_can_be_believed() -> None:
+    vague = SLOPE_SD**2 + np.square(SLOPE_SPREADS).mean()
+    assert pooled_slope(np.empty((0, 2))) == pytest.approx((0, vague)), "nothing known but the prior"
+    assert pooled_slope(np.array([[0.0, np.inf]])) == pytest.approx((0, vague)), "a task that says nothing"
+    agreed, spread = pooled_slope(np.tile([0.8, 1e-4], (30, 1)))
+    assert agreed == pytest.approx(0.8, abs=0.01)
+    assert spread < 0.02
+    wide = pooled_slope(np.stack([np.tile([-1.0, 1.0], 15), np.full(30, 1e-4)], axis=1))
+    assert wide[0] == pytest.approx(0, abs=0.02)
+    assert wide[1] > 0.9, "tasks that disagree leave the next one free"
+
+
 def test_the_average_weighs_by_restricted_likelihood_and_adds_the_spread_of_means() -> None:
     y, noise, first = random_case(1)
     correlations = np.stack([first, first**3])
@@ -224,6 +279,29 @@ def test_intervals_are_honest_and_errors_smaller_than_with_no_or_complete_poolin
     assert error < 0.9 * ((unpooled - phi) ** 2).mean()
     assert error < 0.9 * ((grand_mean - phi) ** 2).mean()
     assert ((posterior.mean - phi)[measured] ** 2).mean() < ((effects - phi[measured]) ** 2).mean()
+
+
+def test_similarity_that_matters_lowers_the_error_and_similarity_that_does_not_costs_little() -> None:
+    hierarchy = family()
+    errors: dict[str, list[float]] = {"without": [], "told": [], "misled": []}
+    inside = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        similarity = rng.gamma(0.5, size=(288, 4))
+        truth = smooth_effects(hierarchy, 4, rng) + 0.1 * similarity
+        measured = one_in_each_parent_first(hierarchy, 40, rng)
+        noise = np.full((40, 4), 0.02**2)
+        effects = truth[measured] + 0.02 * rng.normal(size=(40, 4))
+        hidden = np.setdiff1d(np.arange(288), measured)
+        for name, given_ in (("without", None), ("told", similarity), ("misled", rng.gamma(0.5, size=(288, 4)))):
+            found = infer(effects, noise, measured, hierarchy, similarity=given_)
+            errors[name].append(float(((found.mean - truth)[hidden] ** 2).mean()))
+            if name == "told":
+                inside.append(np.abs(found.mean - truth)[hidden] < 1.645 * found.sd[hidden])
+    without, told, misled = (np.mean(errors[name]) for name in ("without", "told", "misled"))
+    assert told < 0.6 * without
+    assert misled < 1.05 * without
+    assert 0.85 < np.mean(inside) < 0.95
 
 
 @pytest.fixture(params=PRIORS)
@@ -327,6 +405,13 @@ def test_degenerate_effects_give_finite_answers(m: int, noise: float, spread: fl
     assert np.isfinite(posterior.mean).all()
     assert np.isfinite(posterior.sd).all()
     assert np.abs(posterior.mean).max() <= np.abs(effects).max() * 1.5 + 1e-9
+
+
+def test_similarities_that_do_not_fit_are_refused() -> None:
+    effects, variances, measured, hierarchy = small_case()
+    for wrong in (np.ones((3, 3)), np.full((hierarchy.n_leaves, 3), np.nan)):
+        with pytest.raises(HarpError, match="Similarities"):
+            infer(effects, variances, measured, hierarchy, similarity=wrong)
 
 
 def test_input_that_does_not_fit_is_refused() -> None:

@@ -63,7 +63,7 @@ def test_python_examples(folder):
 def test_command_line_examples(folder, capsys):
     from harp_hf.cli import main
 
-    block = next(b for b in re.findall(r"```bash\n(.*?)```", EXAMPLES, flags=re.DOTALL) if "harp-hf select" in b)
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", EXAMPLES, flags=re.DOTALL) if "harp-hf cut" in b)
     lines = [line.split("  #")[0] for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("harp-hf")]
     assert [command[0] for command in commands] == ["select", "cut", "report", "push"]

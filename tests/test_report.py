@@ -19,6 +19,9 @@ from harp_hf.smoothness import smoothness
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure as Canvas
+
+from harp_hf.drawing import _name_emoji
 from harp_hf.report import draw_figures, write_report
 from harp_hf.treemap import tiles
 
@@ -298,3 +301,15 @@ def test_smoothness_tells_smooth_from_rough_from_noise():
     assert noise.p_value == 1
     assert noise.words().startswith("Nothing can be seen here")
     assert smoothness(points[:4, :1], np.ones((4, 1)), points[:4]) is None
+
+
+def test_emoji_are_named_in_pngs_and_stay_in_the_page(tmp_path):
+    page = written(make(4, 2, 4, tasks=["🦜 birds", "plain é"]), tmp_path)
+    assert "🦜 birds" in page.texts, "beside an axis"
+    canvas = Canvas()
+    axes = canvas.subplots()
+    axes.set_yticks([0, 1], ["plain é", "x"])
+    assert not _name_emoji(canvas)
+    axes.set_yticks([0, 1], ["🦜 birds", "plain é"])
+    assert _name_emoji(canvas)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["parrot birds", "plain é"]

@@ -33,7 +33,10 @@ SELECTORS: dict[str, tuple[str, str]] = {
     "shapley": ("shapley", "Shapley"),
 }
 
-__all__ = ["SELECTORS", "Cost", "Problem", "Ranking", "Selector", "selector"]
+# Those that start from HARP's own measurements.
+MEASURED = ("exhaustive", "top-phi", "measured-only")
+
+__all__ = ["MEASURED", "SELECTORS", "Cost", "Problem", "Ranking", "Selector", "selector"]
 
 
 def selector(name: str, **options: Any) -> Selector:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import posterior as posteriors
-from ..envelopes import Order, greedy
+from ..envelopes import Order, greedy, share
 from ..execution.local import measure_leaves
 from ..measurements import Measurements
 from ..posterior import Prior
@@ -29,7 +29,7 @@ class Exhaustive:
         """See [`Selector.rank`]; needs `result`, `run`, `finetuner` and `evaluator`. Stops at the best prefix."""
         problem.wanted(budget)
         result = self.measure(problem)
-        return _ranking(result, result.order(), spent(result.measurements))
+        return _ranking(result, result.order(), result.posterior.mean, budget)
 
     def measure(self, problem: Problem) -> HarpResult:
         """The problem's result with all leaves measured, those in its run directory not again."""
@@ -52,7 +52,9 @@ class Exhaustive:
             np.nanmean(measured.scores, axis=1), measured.null, result.task, n_tasks,
             replicates=measured.replicates(result.task, n_tasks),
         )  # fmt: skip
-        inferred = posteriors.infer(effects, variances, measured.leaves, result.hierarchy, prior=self.prior)
+        inferred = posteriors.infer(
+            effects, variances, measured.leaves, result.hierarchy, prior=self.prior, similarity=result.similarity
+        )
         active = posteriors.active_tasks(effects, variances)
         return replace(result, measurements=measured, posterior=inferred, distinguishable=active)
 
@@ -72,7 +74,7 @@ class TopPhi:
         phi = result.posterior.mean[:, active] @ weights / weights.sum()
         leaves = descending(phi)
         order = Order(leaves, phi[leaves], int((phi > 0).sum()))
-        return _ranking(result, order, spent(result.measurements))
+        return _ranking(result, order, result.posterior.mean, budget)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class MeasuredOnly:
         )
         active, weights = _active(result)
         order = greedy(effects[:, active], result.null[active], weights, variant=result.choice.variant)
-        ranking = _ranking(result, replace(order, leaves=measured.leaves[order.leaves]), spent(measured))
+        known = np.zeros_like(result.posterior.mean)
+        known[measured.leaves] = effects
+        ranking = _ranking(result, replace(order, leaves=measured.leaves[order.leaves]), known, budget)
         others = np.setdiff1d(np.arange(len(problem)), ranking.rows)
         shuffled = np.random.default_rng(problem.seed).permutation(others)
         return replace(ranking, rows=np.concatenate([ranking.rows, shuffled]).astype(np.int64))
@@ -115,6 +119,12 @@ def _active(result: HarpResult) -> tuple[np.ndarray, np.ndarray]:
     return active, weights[active]
 
 
-def _ranking(result: HarpResult, order: Order, cost: Cost) -> Ranking:
+def _ranking(result: HarpResult, order: Order, phi: np.ndarray, budget: int | None) -> Ranking:
+    """Rows of the leaves in their order, beginning with those that share the budget as in [`HarpResult.select`]."""
+    rows = leaves_to_rows(result.hierarchy, order.leaves)
+    if result.choice.budget_by == "task":
+        active, weights = _active(result)
+        first, _ = share(order, result.hierarchy, phi[:, active], weights, budget)
+        rows = np.concatenate([first, rows[~np.isin(rows, first)]])
     stop = int(result.hierarchy.sizes[order.leaves[: order.best_prefix]].sum())
-    return Ranking(leaves_to_rows(result.hierarchy, order.leaves), cost, stop)
+    return Ranking(rows, spent(result.measurements), stop)

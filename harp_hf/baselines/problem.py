@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..evaluation.transformers import TransformersEvaluator
+from ..evaluation.backends import open_evaluator
 from ..features import load_features, load_proxy_features, pool_texts, proxy_texts
 from ..finetune import LeafFinetuner, load_model
 from ..hierarchy import Hierarchy, build_hierarchy
@@ -34,7 +34,7 @@ def open_problem(
         result: What `measure` returned, for selectors that start from it.
 
     Raises:
-        HarpError: As in `measure`, or the proxy set has no features that compare with the pool's.
+        HarpError: As in `measure`.
     """
     run = RunDir(args.output_dir or "harp_output")
     run.claim(given.manifest(args))
@@ -44,25 +44,28 @@ def open_problem(
     if not run.file("hierarchy.npz").exists():
         built = build_hierarchy(matrix, leaf_size=args.leaf_size, branching=args.branching, seed=args.seed)
         run.write_arrays("hierarchy.npz", **built.arrays())
-    if proxy_features is None:
-        proxy_features = load_proxy_features(
-            given.pool, given.proxy, given.features,
-            text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
-        )  # fmt: skip
-    else:
+
+    @cache
+    def compared() -> np.ndarray:
+        if proxy_features is None:
+            return load_proxy_features(
+                given.pool, given.proxy, given.features,
+                text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
+            )  # fmt: skip
         norms = np.linalg.norm(proxy_features, axis=1, keepdims=True)
-        proxy_features = (proxy_features / np.where(norms > 0, norms, 1)).astype(np.float32)
+        return (proxy_features / np.where(norms > 0, norms, 1)).astype(np.float32)
+
     base = cache(lambda: load_model(given.model, args))
     return Problem(
-        matrix, proxy_features, given.proxy.task, args.seed,
+        matrix, compared, given.proxy.task, args.seed,
         texts=lambda: pool_texts(given.pool, args.dataset_text_field, given.decode),
         proxy_texts=proxy_texts(given.proxy),
         proxy=given.proxy,
         hierarchy=Hierarchy(**run.read_arrays("hierarchy.npz")),
         run=run,
         finetuner=cache(lambda: LeafFinetuner(base(), given.pool, args, given.peft_config, given.tokenizer)),
-        evaluator=cache(lambda: TransformersEvaluator(
-            base(), given.tokenizer, given.proxy, given.metrics, args.per_device_eval_batch_size, args.max_new_tokens
+        evaluator=cache(lambda: open_evaluator(
+            base(), given.model, given.tokenizer, given.proxy, given.metrics, given.peft_config, args
         )),
         result=result,
     )  # fmt: skip

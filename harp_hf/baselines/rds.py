@@ -35,7 +35,7 @@ def _round_robin(problem: Problem, wanted: int) -> np.ndarray:
     # A proxy row rarely looks further than this; where it must, what is left of the pool is ranked for it again.
     depth = 4 * wanted // len(problem.task) + 16
     nearest: dict[int, deque[int]] = {}
-    taken = np.zeros(len(problem), bool)
+    taken, queries = np.zeros(len(problem), bool), problem.compared()
     rows: list[int] = []
     while len(rows) < wanted:
         turn = turns[len(rows) % len(turns)]
@@ -45,7 +45,7 @@ def _round_robin(problem: Problem, wanted: int) -> np.ndarray:
         while queue and taken[queue[0]]:
             queue.popleft()
         if not queue:
-            queue.extend(_nearest(problem.features, problem.proxy_features[query], taken, depth))
+            queue.extend(_nearest(problem.features, queries[query], taken, depth))
         rows.append(queue.popleft())
         taken[rows[-1]] = True
     return np.array(rows, np.int64)

@@ -39,6 +39,17 @@ class Cost:
     tokens_gradient: int = 0
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"Finetunes: {self.finetunes}. Tokens: {self.tokens_training:,} trained, {self.tokens_evaluation:,} "
+            f"evaluated, {self.tokens_gradient:,} in gradients of single rows. Seconds: {self.seconds:.0f}."
+        )
+
+    @property
+    def compute(self) -> float:
+        """Tokens, those evaluated counted a third: they are read forwards only (Kaplan et al., 2020)."""
+        return self.tokens_training + self.tokens_gradient + self.tokens_evaluation / 3
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -76,7 +87,7 @@ class Problem:
 
     Attributes:
         features (`np.ndarray`): (n, d) float32 rows of norm 1 (or 0), maybe memory-mapped.
-        proxy_features (`np.ndarray`): (n_proxy, d) the same of the proxy rows.
+        proxy_features: (n_proxy, d) the same of the proxy rows, or what gives them; read by `compared()`.
         task (`np.ndarray`): (n_proxy,) int, task of each proxy row, 0..D-1, none left out.
         seed (`int`): Everything random flows from it.
         texts: Gives the n texts of the pool.
@@ -90,7 +101,7 @@ class Problem:
     """
 
     features: np.ndarray
-    proxy_features: np.ndarray
+    proxy_features: np.ndarray | Callable[[], np.ndarray]
     task: np.ndarray
     seed: int = 0
     texts: Callable[[], Iterable[str]] | None = None
@@ -105,11 +116,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or len(self.features) == 0:
             raise DataError(f"The features have shape {self.features.shape}, but (n, d) with n > 0 is needed.")
-        if self.proxy_features.shape != (len(self.task), self.features.shape[1]):
-            raise DataError(
-                f"The features of the proxy set have shape {self.proxy_features.shape}, but "
-                f"({len(self.task)}, {self.features.shape[1]}) is needed."
-            )
+        if not callable(self.proxy_features):
+            self.compared()
         if len(self.task) == 0 or not np.bincount(self.task).all():
             raise DataError("Every task needs proxy rows.")
 
@@ -119,6 +127,20 @@ class Problem:
     @property
     def n_tasks(self) -> int:
         return int(self.task.max()) + 1
+
+    def compared(self) -> np.ndarray:
+        """(n_proxy, d) features of the proxy rows.
+
+        Raises:
+            DataError: They have another shape, or the proxy set has none that compare with the pool's.
+        """
+        found = self.proxy_features() if callable(self.proxy_features) else self.proxy_features
+        if found.shape != (len(self.task), self.features.shape[1]):
+            raise DataError(
+                f"The features of the proxy set have shape {found.shape}, but "
+                f"({len(self.task)}, {self.features.shape[1]}) is needed."
+            )
+        return found
 
     def task_means(self, scores: np.ndarray) -> np.ndarray:
         """(..., D) mean over each task's rows of scores (..., n_proxy)."""
@@ -151,7 +173,7 @@ class Selector(Protocol):
 
         Args:
             problem: What to choose from and judge by.
-            budget: Rows wanted; the ranking may be longer. Default: all n.
+            budget: Rows wanted; the ranking may be longer, and begin otherwise for another budget. Default: all n.
 
         Raises:
             HarpError: The problem lacks what this selector needs, or the budget is below 1.

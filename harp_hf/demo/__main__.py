@@ -18,7 +18,7 @@ from harp_hf.proxy import load_proxy
 from harp_hf.quiet import quiet
 from harp_hf.verify import verify
 
-ROWS = 480
+ROWS = 240
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         features=str(demo_embedder()),
         metric="likelihood",
         leaf_size=80,
-        max_measurements=18,
+        max_measurements=20,
         max_steps=10,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=48,

@@ -14,9 +14,11 @@ class Evaluator(Protocol):
 
     Attributes:
         tokens (`int`): Tokens read or generated so far.
+        adapters_at_once (`int`): How many adapters are best scored in one call.
     """
 
     tokens: int
+    adapters_at_once: int
 
     def evaluate(self, adapters: Sequence[Path | None]) -> np.ndarray:
         """Score adapters.

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import DataError
 from ..proxy import ProxySet
 from ..quiet import quiet
-from .scoring import GENERATED, Metric, score_text, score_with
+from .rows import ProxyRows
+from .scoring import Metric
 
 
 class TransformersEvaluator:
@@ -42,20 +42,12 @@ class TransformersEvaluator:
         batch_size: int = 8,
         max_new_tokens: int = 64,
     ) -> None:
-        self.model, self.tokenizer, self.proxy = model, processing_class, proxy
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.tokens = 0
-        self.metrics: list[Metric] = [metrics[d] for d in proxy.task]
-        self._pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
-        ends = model.generation_config.eos_token_id if model.generation_config else None
-        ends = [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-        self._ends = list(dict.fromkeys(token for token in ends if token is not None))
-        self._prompts: list[list[int]] = []
-        self._candidates: list[list[list[int]]] = []
-        for row, metric in enumerate(self.metrics):
-            prompt, candidates = self._encode(row, metric)
-            self._prompts.append(prompt)
-            self._candidates.append(candidates)
+        self.model, self.batch_size, self.max_new_tokens = model, batch_size, max_new_tokens
+        self.tokens, self.adapters_at_once = 0, 1
+        pads = (processing_class.pad_token_id, processing_class.eos_token_id, 0)
+        self._pad = next(i for i in pads if i is not None)
+        self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
+        self._prompts, self._candidates = self._rows.prompts, self._rows.candidates
         # What all prompts begin with, such as a system prompt, is read once an adapter. The last token stays with its
         # prompt, so that no prompt is empty.
         self._shared = common_prefix([p[:-1] for p in self._prompts])
@@ -65,21 +57,17 @@ class TransformersEvaluator:
         return np.stack([self._evaluate(adapter) for adapter in adapters])
 
     def _evaluate(self, adapter: Path | None) -> np.ndarray:
-        scores = np.zeros(len(self.proxy))
-        generating = np.array([callable(m) or m in GENERATED for m in self.metrics], bool)
+        scores = np.zeros(len(self._prompts))
+        generating = self._rows.generating
+        texts: dict[int, str] = {}
         with quiet(), _adapted(self.model, adapter) as model, torch.inference_mode():
             shared = None if generating.all() else self._read_shared(model)
             for rows in self._batches(np.flatnonzero(~generating)):
                 scores[rows] = self._score(model, rows, copy.deepcopy(shared))
-            for metric in dict.fromkeys(m for m, g in zip(self.metrics, generating, strict=True) if g):
-                rows = [i for i, m in enumerate(self.metrics) if m is metric or m == metric]
-                texts: dict[int, str] = {}
-                for batch in self._batches(np.array(rows)):
-                    texts.update(zip(batch, self._generate(model, batch), strict=True))
-                if callable(metric):
-                    scores[rows] = score_with(metric, [texts[i] for i in rows], rows, self.proxy)
-                else:
-                    scores[rows] = [score_text(metric, texts[i], self.proxy.answers[i]) for i in rows]
+            for rows in self._batches(np.flatnonzero(generating)):
+                texts.update(zip(rows, self._generate(model, rows), strict=True))
+        for row, score in self._rows.score_texts(texts).items():
+            scores[row] = score
         return scores
 
     def _batches(self, rows: np.ndarray) -> Iterator[list[int]]:
@@ -138,17 +126,11 @@ class TransformersEvaluator:
         return self._judge(rows, mean.cpu().numpy(), greedy.cpu().numpy())
 
     def _judge(self, rows: list[int], mean: np.ndarray, greedy: np.ndarray) -> list[float]:
-        """Scores from each candidate's mean log-probability a token and whether greedy decoding gives just it."""
         scores, start = [], 0
         for i in rows:
             here = slice(start, start + len(self._candidates[i]))
             start = here.stop
-            if self.metrics[i] == "exact_match":
-                scores.append(float(greedy[here].any()))
-            elif self.metrics[i] == "likelihood":
-                scores.append(float(np.exp(mean[here].max())))
-            else:
-                scores.append(float(self.proxy.choices[i][int(mean[here].argmax())] in self.proxy.answers[i]))
+            scores.append(self._rows.judge(i, mean[here], bool(greedy[here].any())))
         return scores
 
     def _generate(self, model: PreTrainedModel, rows: list[int]) -> list[str]:
@@ -159,54 +141,16 @@ class TransformersEvaluator:
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self._pad,
-            eos_token_id=self._ends or None,
+            eos_token_id=self._rows.ends or None,
         )[:, ids.shape[1] :]
         self.tokens += int(mask.sum()) + int((out != self._pad).sum())
-        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [self._rows.decode(tokens) for tokens in out.tolist()]
 
     def _pad_left(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         return ids.to(self.model.device), mask.to(self.model.device)
-
-    def _encode(self, row: int, metric: Metric) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the prompt and of each candidate answer, the latter with the end of the turn unless choices."""
-        prompt = self.proxy.prompts[row]
-        texts = self.proxy.choices[row] if metric == "choice" else self.proxy.answers[row]
-        ends = metric != "choice"
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-            return ids, [self._continue(prompt, ids, text, ends) for text in texts]
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                "The proxy set has messages, but the tokenizer has no chat template: pass a `processing_class` that "
-                "has one."
-            )
-        rendered = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        return ids, [self._answer(prompt, rendered, text, ends) for text in texts]
-
-    def _continue(self, prompt: str, ids: list[int], text: str, ends: bool) -> list[int]:
-        whole = self.tokenizer(prompt + text)["input_ids"]
-        if self.tokenizer.eos_token_id is not None and whole[-1] == self.tokenizer.eos_token_id:
-            whole = whole[:-1]  # some tokenizers end every text
-        tokens = whole[len(ids) :] if whole[: len(ids)] == ids else []
-        tokens = tokens or self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens + self._end(ends)
-
-    def _answer(self, prompt: list[dict], rendered: str, text: str, ends: bool) -> list[int]:
-        """The assistant's turn as the chat template writes it, up to and with the token that ends it."""
-        whole = self.tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
-        if whole.startswith(rendered):
-            turn = self.tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"]
-            end = next((place for place, token in enumerate(turn) if token in self._ends), None)
-            if end:
-                return turn[: end + 1 if ends else end]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + self._end(ends)
-
-    def _end(self, ends: bool) -> list[int]:
-        return [self.tokenizer.eos_token_id] if ends and self.tokenizer.eos_token_id is not None else []
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> list[int]:

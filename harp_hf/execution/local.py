@@ -1,11 +1,12 @@
-"""Measures leaves one after another in this process."""
+"""Measures leaves; all processes of an `accelerate launch` finetune, the main one does the rest."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from ..errors import FinetuneError
 from ..evaluation.evaluator import Evaluator
 from ..finetune import LeafFinetuner
+from ..processes import from_main, is_main
 from ..rundir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -53,17 +55,23 @@ def measure_leaves(
         todo: Pairs of leaf and seed, in measuring order.
         rows: Pool rows of a leaf.
         finetuner: Gives the finetuner; called only where something is left to measure.
-        evaluator: Gives the evaluator; called only where something is left to measure.
+        evaluator: Gives the evaluator; called only where something is left to measure, and only on the main process.
+            As many leaves are finetuned before one evaluation as it likes to score at once.
     """
     todo = list(todo)
-    left = [pair for pair in todo if not run.file(measurement_file(*pair)).exists()]
-    with tqdm(total=len(todo), initial=len(todo) - len(left), desc="Measuring leaves", unit="leaf") as progress:
-        for leaf, seed in left:
-            measurement = _measure(rows(leaf), seed, finetuner(), evaluator())
-            if measurement["reason"]:
-                logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
-            run.write_arrays(measurement_file(leaf, seed), **measurement)
-            progress.update()
+    left = from_main(lambda: [pair for pair in todo if not run.file(measurement_file(*pair)).exists()])
+    done = len(todo) - len(left)
+    with tqdm(
+        total=len(todo), initial=done, desc="Measuring leaves", unit="leaf", disable=not is_main()
+    ) as progress:  # fmt: skip
+        at_once = from_main(lambda: evaluator().adapters_at_once) if left else 1
+        for start in range(0, len(left), at_once):
+            batch = left[start : start + at_once]
+            for (leaf, seed), measurement in zip(batch, _measure(batch, rows, finetuner(), evaluator), strict=True):
+                if measurement["reason"]:
+                    logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
+                from_main(partial(run.write_arrays, measurement_file(leaf, seed), **measurement))
+                progress.update()
 
 
 def measurement_file(leaf: int, seed: int) -> str:
@@ -71,25 +79,51 @@ def measurement_file(leaf: int, seed: int) -> str:
     return f"measurements/{leaf}-{seed}.npz"
 
 
-def _measure(rows: np.ndarray, seed: int, finetuner: LeafFinetuner, evaluator: Evaluator) -> dict[str, Any]:
+def _measure(
+    batch: Sequence[tuple[int, int]],
+    rows: Callable[[int], np.ndarray],
+    finetuner: LeafFinetuner,
+    evaluator: Callable[[], Evaluator],
+) -> list[dict[str, Any]]:
+    """Finetune on leaves one after another, then score all their adapters in one call, whose cost they share."""
     with tempfile.TemporaryDirectory() as folder:
-        adapter = Path(folder) / f"seed-{seed}"
+        adapters = [Path(folder) / f"leaf-{leaf}-seed-{seed}" for leaf, seed in batch]
+        measurements = [
+            _finetune(rows(leaf), seed, finetuner, adapter)
+            for (leaf, seed), adapter in zip(batch, adapters, strict=True)
+        ]
+        trained = [n for n, measurement in enumerate(measurements) if not measurement["reason"]]
+        if not trained:
+            return measurements
+
+        def score() -> tuple[np.ndarray, int]:
+            judge = evaluator()
+            before = judge.tokens
+            return judge.evaluate([adapters[n] for n in trained]), judge.tokens - before
+
         started = time.monotonic()
-        try:
-            finetune = finetuner.finetune(rows, seed, adapter)
-        except FinetuneError as error:
-            return {"reason": str(error), "seconds_training": time.monotonic() - started}
-        trained = time.monotonic()
-        before = evaluator.tokens
-        scores = evaluator.evaluate([adapter])[0]
+        scores, tokens = from_main(score)
+        seconds = time.monotonic() - started
+    for n, adapter_scores in zip(trained, scores, strict=True):
+        measurements[n] |= {
+            "scores": adapter_scores,
+            "tokens_evaluation": tokens / len(trained),
+            "seconds_evaluation": seconds / len(trained),
+        }
+    return measurements
+
+
+def _finetune(rows: np.ndarray, seed: int, finetuner: LeafFinetuner, adapter: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        finetune = finetuner.finetune(rows, seed, adapter)
+    except FinetuneError as error:
+        return {"reason": str(error), "seconds_training": time.monotonic() - started}
     return {
         "reason": "",
-        "scores": scores,
         "rows": finetune.rows,
         "steps": finetune.steps,
         "loss": finetune.loss,
         "tokens_training": finetune.tokens,
-        "tokens_evaluation": evaluator.tokens - before,
-        "seconds_training": trained - started,
-        "seconds_evaluation": time.monotonic() - trained,
+        "seconds_training": time.monotonic() - started,
     }

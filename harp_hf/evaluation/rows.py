@@ -1,0 +1,123 @@
+"""The proxy set as a model sees it, and what its answers score: the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..proxy import ProxySet
+from .scoring import GENERATED, Metric, score_text, score_with
+
+
+class ProxyRows:
+    """Token ids of a proxy set.
+
+    Args:
+        proxy: The rows to score.
+        metrics: Metric of each task, from [`resolve_metrics`].
+        tokenizer: The model's tokenizer.
+        generation_config: The model's; its end tokens end an answer as the tokenizer's does.
+
+    Attributes:
+        proxy (`ProxySet`): The rows.
+        metrics (`list`): Metric of each row.
+        generating (`np.ndarray`): (n_proxy,) bool, whether a row is scored by the text that the model generates.
+        ends (`list[int]`): Tokens that end an answer.
+        prompts (`list[list[int]]`): Prompt of each row.
+        candidates (`list[list[list[int]]]`): Answers of each row, or its choices where they are compared; answers have
+            the end of the turn with them, choices have not.
+
+    Raises:
+        DataError: The proxy set has messages but the tokenizer no chat template.
+    """
+
+    def __init__(
+        self,
+        proxy: ProxySet,
+        metrics: Sequence[Metric],
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig | None,
+    ) -> None:
+        self.proxy, self._tokenizer = proxy, tokenizer
+        self.metrics: list[Metric] = [metrics[d] for d in proxy.task]
+        self.generating = np.array([callable(m) or m in GENERATED for m in self.metrics], bool)
+        ends = generation_config.eos_token_id if generation_config else None
+        ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+        self.ends: list[int] = list(dict.fromkeys(token for token in ends if token is not None))
+        self.prompts: list[list[int]] = []
+        self.candidates: list[list[list[int]]] = []
+        for row, metric in enumerate(self.metrics):
+            prompt, candidates = self._encode(row, metric)
+            self.prompts.append(prompt)
+            self.candidates.append(candidates)
+
+    def judge(self, row: int, means: Sequence[float] | np.ndarray, greedy: bool) -> float:
+        """Score of a row that is scored by its candidates.
+
+        Args:
+            row: The row.
+            means: Mean log-probability a token of each candidate.
+            greedy: Whether greedy decoding gives just one of them.
+        """
+        if self.metrics[row] == "exact_match":
+            return float(greedy)
+        if self.metrics[row] == "likelihood":
+            return float(np.exp(np.max(means)))
+        return float(self.proxy.choices[row][int(np.argmax(means))] in self.proxy.answers[row])
+
+    def score_texts(self, texts: Mapping[int, str]) -> dict[int, float]:
+        """Scores of rows by the texts that were generated for them."""
+        scores: dict[int, float] = {}
+        for metric in dict.fromkeys(self.metrics[i] for i in texts):
+            rows = sorted(i for i in texts if self.metrics[i] == metric)
+            if callable(metric):
+                found = score_with(metric, [texts[i] for i in rows], rows, self.proxy)
+            else:
+                found = [score_text(metric, texts[i], self.proxy.answers[i]) for i in rows]
+            scores.update(zip(rows, found, strict=True))
+        return scores
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _encode(self, row: int, metric: Metric) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the prompt and of each candidate answer, the latter with the end of the turn unless choices."""
+        prompt = self.proxy.prompts[row]
+        texts = self.proxy.choices[row] if metric == "choice" else self.proxy.answers[row]
+        ends = metric != "choice"
+        if isinstance(prompt, str):
+            ids = self._tokenizer(prompt)["input_ids"]
+            return ids, [self._continue(prompt, ids, text, ends) for text in texts]
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                "The proxy set has messages, but the tokenizer has no chat template: pass a `processing_class` that "
+                "has one."
+            )
+        rendered = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids, [self._answer(prompt, rendered, text, ends) for text in texts]
+
+    def _continue(self, prompt: str, ids: list[int], text: str, ends: bool) -> list[int]:
+        whole = self._tokenizer(prompt + text)["input_ids"]
+        if self._tokenizer.eos_token_id is not None and whole[-1] == self._tokenizer.eos_token_id:
+            whole = whole[:-1]  # some tokenizers end every text
+        tokens = whole[len(ids) :] if whole[: len(ids)] == ids else []
+        tokens = tokens or self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens + self._end(ends)
+
+    def _answer(self, prompt: list[dict], rendered: str, text: str, ends: bool) -> list[int]:
+        """The assistant's turn as the chat template writes it, up to and with the token that ends it."""
+        whole = self._tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
+        if whole.startswith(rendered):
+            turn = self._tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"]
+            end = next((place for place, token in enumerate(turn) if token in self.ends), None)
+            if end:
+                return turn[: end + 1 if ends else end]
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"] + self._end(ends)
+
+    def _end(self, ends: bool) -> list[int]:
+        return [self._tokenizer.eos_token_id] if ends and self._tokenizer.eos_token_id is not None else []

@@ -1,0 +1,252 @@
+"""Verification: final finetunes compared on test rows, and the intervals of their differences."""
+
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_rows
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+
+import harp_hf
+from harp_hf import HarpConfig, cli
+from harp_hf.baselines import SELECTORS
+from harp_hf.errors import ConfigError, DataError, HarpError
+from harp_hf.finetune import LeafFinetuner
+from harp_hf.intervals import mean_intervals
+from harp_hf.proxy import load_proxy
+from harp_hf.result import load_result
+from harp_hf.rundir import RunDir
+from harp_hf.trials import Trials
+from harp_hf.verify import verify_run
+
+SETTINGS = {"features": "vector", "leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 12,
+            "learning_rate": 3e-2, "use_cpu": True}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def disk(pool, proxy, features, tiny_model, tmp_path_factory):
+    """A folder with pool, proxy set, test rows and the YAML config of a run on disk."""
+    folder = tmp_path_factory.mktemp("disk")
+    pool.add_column("vector", features.tolist()).to_json(folder / "pool.jsonl")
+    proxy.add_column("vector", np.repeat(np.eye(2, 6), 8, axis=0).tolist()).to_json(folder / "proxy.jsonl")
+    test = [
+        {"prompt": row["prompt"], "answer": row["completion"].strip(), "task": colour}
+        for colour, seed in (("red", 21), ("green", 22))
+        for row in make_rows(colour, 20, seed)
+    ]
+    Dataset.from_list(test).to_json(folder / "test.jsonl")
+    config = {"dataset_name": str(folder / "pool.jsonl"), "eval_dataset_name": str(folder / "proxy.jsonl"),
+              "model_name_or_path": tiny_model, "output_dir": str(folder / "run"), "budget": 24, "lora_r": 4,
+              "variant": "harp-e", "active_tasks": ["all"], **SETTINGS}  # fmt: skip
+    (folder / "harp.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(disk):
+    """The directory of a finished `harp-hf select`."""
+    cli.main(["select", "--config", str(disk / "harp.yaml")])
+    return disk / "run"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Finetunes made in this process: rows, seed, adapter's rank, epochs."""
+    finetunes, real = [], LeafFinetuner.finetune
+
+    def finetune(self, rows, seed, adapter):
+        finetunes.append((len(rows), seed, self.peft_config.r, self.args.num_train_epochs, self.args.max_steps))
+        return real(self, rows, seed, adapter)
+
+    monkeypatch.setattr(LeafFinetuner, "finetune", finetune)
+    return finetunes
+
+
+def test_a_run_directory_is_verified_and_resumed(run, disk, made, capsys):
+    flags = ["verify", "--output_dir", str(run), "--eval_dataset_name", str(disk / "test.jsonl"), "--seeds", "2",
+             "--epochs", "3", "--whole_pool", "true"]  # fmt: skip
+    cli.main(flags)
+    printed = capsys.readouterr().out
+    assert made == [(24, s, 4, 3.0, -1) for s in (42, 43)] + [(96, s, 4, 3.0, -1) for s in (42, 43)] + [
+        (24, s, 4, 3.0, -1) for s in (42, 43)
+    ], "the run's adapter and seeds; random rows of the selection's number"
+    for text in ("random rows ┃ whole pool ┃ harp-e ┃", "┃ 24 rows ┃ 96 rows ┃ 24 rows ┃", "│ red │", "│ green │"):
+        assert text in " ".join(printed.split())
+    cli.main(flags)
+    assert capsys.readouterr().out == printed
+    assert len(made) == 6, "nothing is finetuned on twice"
+
+    proof = verify_run(run, str(disk / "test.jsonl"), seeds=2, epochs=3)
+    assert len(made) == 6
+    assert list(proof.scores) == ["base model", "random rows", "harp-e"]
+    assert {name: scores.shape for name, scores in proof.scores.items()} == {
+        "base model": (1, 40), "random rows": (2, 40), "harp-e": (2, 40)
+    }  # fmt: skip
+    mean, low, high = proof.difference("random rows")[-1]
+    assert mean == pytest.approx(proof.scores["harp-e"].mean() - proof.scores["random rows"].mean())
+    assert low < mean < high
+    assert proof.scores["harp-e"].mean() > proof.scores["base model"].mean()
+    row = f"mean of tasks | {mean:+.3f} | {low:+.3f} to {high:+.3f}"
+    assert row in " ".join(printed.replace("│", "|").split())
+
+
+def test_random_rows_differ_by_seed_and_another_budget_is_another_selection(run, disk, made):
+    first = verify_run(run, str(disk / "test.jsonl"), seeds=2, epochs=1, budget=6)
+    assert first.rows == {"base model": 0, "random rows": 6, "harp-e": 6}
+    drawn = [
+        np.load(file)["rows"].tolist() for file in sorted((run / "verify").glob("random-rows-*.npz"))
+        if len(np.load(file)["rows"]) == 6
+    ]  # fmt: skip
+    assert len(drawn) == 2
+    assert drawn[0] != drawn[1]
+    kept = next(f for f in (run / "verify").glob("harp-e-*.npz") if len(np.load(f)["rows"]) == 6)
+    chosen = load_result(run).choosing(budget=6).chosen()[0]
+    assert np.load(kept)["rows"].tolist() == sorted(chosen.tolist())
+
+
+def test_a_run_from_python_keeps_its_adapter_and_wants_its_objects(
+    pool, proxy, features, tiny_model, tmp_path, disk, made
+):
+    args = HarpConfig(output_dir=str(tmp_path / "run"), active_tasks="all", metric="likelihood", **SETTINGS)
+    adapter = LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    harp_hf.measure(pool, proxy, tiny_model, args, adapter, features=features)
+    made.clear()
+    with pytest.raises(DataError, match="was an object in memory: pass it as `dataset`"):
+        verify_run(tmp_path / "run", str(disk / "test.jsonl"), seeds=1)
+    proof = verify_run(tmp_path / "run", str(disk / "test.jsonl"), seeds=1, dataset=pool, epochs=1)
+    assert [finetune[2] for finetune in made] == [3, 3]
+    assert "With one seed" in proof.summary()
+
+
+def test_what_cannot_be_verified_is_said(run, disk, tmp_path, caplog, monkeypatch):
+    test = str(disk / "test.jsonl")
+    with pytest.raises(DataError, match="is not there"):
+        verify_run(tmp_path / "none", test)
+    with pytest.raises(ConfigError, match="`seeds` must be a whole number of at least 1"):
+        verify_run(run, test, seeds=0)
+    with pytest.raises(ConfigError, match="`epochs` must be above 0"):
+        verify_run(run, test, epochs=0)
+    with pytest.raises(ConfigError, match="is not the one that"):
+        verify_run(run, test, model="another/model")
+    with pytest.raises(SystemExit, match="--eval_dataset_name is needed"):
+        cli.main(["verify", "--output_dir", str(run)])
+    # Only the warnings count here, so that nothing is finetuned on.
+    monkeypatch.setattr(Trials, "run", lambda self, rows, *rest: (_ for _ in ()).throw(HarpError("stop")))
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(HarpError, match="stop"):
+        verify_run(run, Dataset.from_json(str(disk / "proxy.jsonl")))
+    assert "are the proxy set" in caplog.text
+    caplog.clear()
+    leaky = Dataset.from_list([{"prompt": r["prompt"], "answer": r["completion"]} for r in make_rows("red", 3, 1)])
+    with pytest.raises(HarpError, match="stop"):
+        verify_run(run, leaky)
+    assert "3 of 3 test rows stand word for word in the pool" in caplog.text
+
+
+def test_trials_score_by_every_metric_and_finetune_once(pool, proxy, tiny_model, tmp_path, made, config):
+    rows = load_proxy(proxy.add_column("choices", [["crimson", "emerald", "azure"]] * 16))
+    trials = Trials(RunDir(tmp_path / "run"), pool, rows, tiny_model, config(),
+                    metrics=["exact_match", "auto", "exact_match"])  # fmt: skip
+    trial = trials.run(np.arange(24), 0, 2.0, "red")
+    assert len(made) == 1
+    assert trials.metrics == [["exact_match"] * 2, ["choice"] * 2, ["exact_match"] * 2]
+    assert trial.scores.shape == (3, 16)
+    assert trial.scores[0].tolist() == trial.scores[2].tolist()
+    assert trial.scores[1, :8].mean() == 1
+    assert trials.run(np.arange(24)[::-1], 0, 2.0, "red").tokens_training == trial.tokens_training
+    assert len(made) == 1, "the order of the rows is nothing to a finetune"
+    assert trial.tokens_training == 2 * trials.tokens_by_row()[:24].sum()
+    for other in ((np.arange(23), 0, 2.0), (np.arange(24), 1, 2.0), (np.arange(24), 0, 1.0)):
+        trials.run(*other, "red")
+    assert len(made) == 4, "other rows, another seed or other epochs are another trial"
+
+
+# --- intervals
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    random, inside, n_rows = np.random.default_rng(0), Counter(), 30
+    task = np.repeat(np.arange(2), n_rows)
+    for _ in range(600):
+        scores = 0.3 + 0.2 * random.standard_normal((3, 1)) + 0.5 * random.standard_normal(60)
+        scores = scores + 0.3 * random.standard_normal((3, 60))
+        found = mean_intervals(scores, task)
+        inside["task"] += int(found[0, 1] <= 0.3 <= found[0, 2])
+        inside["mean"] += int(found[-1, 1] <= 0.3 <= found[-1, 2])
+    assert 0.92 < inside["task"] / 600 < 0.985
+    assert 0.92 < inside["mean"] / 600 < 0.985
+
+
+def test_intervals_match_students_where_there_is_one_effect():
+    from scipy.stats import ttest_1samp
+
+    random, task = np.random.default_rng(1), np.zeros(12, int)
+    rows = random.standard_normal((1, 12))
+    wanted = ttest_1samp(rows[0], 0).confidence_interval(0.9)
+    for scores in (rows, np.repeat(rows, 4, axis=0)):
+        found = mean_intervals(scores, task, 0.9)
+        assert found[0] == pytest.approx([rows.mean(), *wanted])
+        assert found[1] == pytest.approx(found[0])
+    seeds = np.repeat(random.standard_normal((5, 1)), 12, axis=1)
+    assert mean_intervals(seeds, task)[0, 1:] == pytest.approx(ttest_1samp(seeds[:, 0], 0).confidence_interval(0.95))
+    assert mean_intervals(np.full((2, 12), 0.5), task).tolist() == [[0.5] * 3] * 2
+
+
+# --- --selector
+
+
+def lines(capsys, *argv):
+    cli.main([str(a) for a in argv])
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name", ["random", "rds", "k-center", "facility-location", "dsir"])
+def test_a_baseline_in_harps_place_needs_no_finetune(name, disk, tmp_path, made, capsys):
+    # Only RDS compares the proxy rows with the pool's, so only it needs their vectors.
+    proxy = disk / ("proxy.jsonl" if name == "rds" else "test.jsonl")
+    printed = lines(capsys, "select", "--config", disk / "harp.yaml", "--output_dir", tmp_path / "run",
+                    "--eval_dataset_name", proxy, "--selector", name, "--budget", "20")  # fmt: skip
+    assert printed[0].startswith("Finetunes: 0. Tokens: 0 trained, 0 evaluated")
+    assert printed[1] == f"Selection written to {tmp_path / 'run' / 'result' / name} (20 rows)."
+    loaded = load_dataset(str(tmp_path / "run" / "result" / name), split="train")
+    pool = Dataset.from_json(str(disk / "pool.jsonl"))
+    assert loaded.column_names == [*pool.column_names, "harp_row"]
+    assert loaded.remove_columns("harp_row").to_list() == pool.select(loaded["harp_row"][:]).to_list()
+    assert len(set(loaded["harp_row"][:])) == 20
+    assert made == []
+    if name == "rds":
+        assert max(loaded["harp_row"][:]) < 48, "the rows whose vectors are the proxy rows'"
+
+
+def test_selectors_share_what_the_run_has_measured(run, disk, made, capsys):
+    before = (run / "config.yaml").read_bytes()
+    for name in ("top-phi", "measured-only"):
+        printed = lines(capsys, "select", "--config", disk / "harp.yaml", "--selector", name)
+        assert printed[0].startswith("Finetunes: 4. Tokens: "), "the cost of what was measured before"
+        assert (run / "result" / name / "train.parquet").is_file()
+    assert made == []
+    n_leaves = load_result(run).hierarchy.n_leaves
+    printed = lines(capsys, "select", "--config", disk / "harp.yaml", "--selector", "exhaustive")
+    assert len(made) == n_leaves - 4
+    assert printed[0].startswith(f"Finetunes: {n_leaves}.")
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_what_a_selector_cannot_do_is_one_sentence(disk, tmp_path):
+    flags = ["--config", str(disk / "harp.yaml"), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["select", *flags, "--selector", "best"])
+    assert caught.value.code == (
+        f"harp-hf select: There is no selector 'best'; the selectors are {', '.join(SELECTORS)}."
+    )
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="--selector is only for"):
+        cli.main(["measure", *flags, "--selector", "rds"])
+    config = yaml.safe_load((disk / "harp.yaml").read_text())
+    del config["budget"]
+    (tmp_path / "harp.yaml").write_text(yaml.safe_dump(config | {"output_dir": str(tmp_path / "run")}))
+    with pytest.raises(SystemExit, match="`budget` is needed: the selector 'random' ranks all rows"):
+        cli.main(["select", "--config", str(tmp_path / "harp.yaml"), "--selector", "random"])
