@@ -116,8 +116,11 @@ class Trials:
         """
         rows = np.sort(np.asarray(rows, np.int64))
         told = f"{self._settings} {(seed, float(epochs)) if len(rows) else ()}".encode()
-        file = f"verify/{name}-{hashlib.sha256(told + rows.tobytes()).hexdigest()[:12]}.npz"
-        if not self._run.file(file).exists():
+        digest = hashlib.sha256(told + rows.tobytes()).hexdigest()[:12]
+        # Two selections may be of the same rows.
+        same = sorted(self._run.file("verify").glob(f"*-{digest}.npz"))
+        file = f"verify/{same[0].name}" if same else f"verify/{name}-{digest}.npz"
+        if not same:
             with tempfile.TemporaryDirectory() as folder:
                 trial = self._make(rows, seed, epochs, name, Path(folder))
             self._run.write_arrays(file, rows=rows, **asdict(trial))
@@ -130,7 +133,7 @@ class Trials:
     def _make(self, rows: np.ndarray, seed: int, epochs: float, name: str, folder: Path) -> Trial:
         adapter, tokens, started = None, 0, time.monotonic()
         if len(rows):
-            adapter, finetuner = folder / "adapter", copy.copy(self._finetuner())
+            adapter, finetuner = folder / f"{name}-seed-{seed}", copy.copy(self._finetuner())
             finetuner.args = copy.copy(finetuner.args)
             finetuner.args.max_steps, finetuner.args.num_train_epochs = -1, epochs
             try:
