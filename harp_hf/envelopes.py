@@ -182,9 +182,11 @@ def share(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the best prefix, where the tasks share a budget that is smaller than it.
 
-    Rows are handed out one by one to the task that has fewest for its weight. A task takes from the leaf of the prefix
-    that helps it most, then from the next. What a leaf gives is spread evenly over its rows from the centroid
-    outwards, as its effect was measured on all of them.
+    Rows are handed out one by one to the task that has fewest for its weight. A task takes them from the leaves of the
+    prefix in proportion to the square of what they do to it beyond the mean row of the pool (by the divisor method of
+    D'Hondt), so that several leaves that each hold a part of it all have their part. Rows that no task asks for go to
+    the leaves in greedy order. What a leaf gives is spread evenly over its rows from the centroid outwards, as its
+    effect was measured on all of them.
 
     Args:
         order: from `greedy`.
@@ -203,25 +205,31 @@ def share(
     sizes = hierarchy.sizes[leaves]
     if budget is None or budget < 1 or sizes.sum() <= budget:
         return cut(order, hierarchy, budget)
-    gains = phi[leaves]
-    helpful = [
-        [k for k in np.argsort(-gains[:, d], kind="stable").tolist() if gains[k, d] > 0] for d in range(len(weights))
-    ]
-    turns = [(0.0, d) for d in range(len(weights)) if weights[d] > 0 and helpful[d]]
+    excess = np.maximum(phi[leaves] - hierarchy.sizes @ phi / hierarchy.sizes.sum(), 0) ** 2
+    # For each task a heap of leaves by excess over the rows taken so far and one.
+    claims = [[(-excess[k, d], 0, k) for k in np.flatnonzero(excess[:, d])] for d in range(len(weights))]
+    for heap in claims:
+        heapq.heapify(heap)
+    turns = [(0.0, d) for d in range(len(weights)) if weights[d] > 0 and claims[d]]
     left = sizes.copy()
-    while turns and left.sum() > sizes.sum() - budget:
+    free = int(budget)
+    while turns and free:
         taken, d = heapq.heappop(turns)
-        while helpful[d] and not left[helpful[d][0]]:
-            helpful[d].pop(0)
-        if helpful[d]:
-            left[helpful[d][0]] -= 1
+        while claims[d] and not left[claims[d][0][2]]:
+            heapq.heappop(claims[d])
+        if claims[d]:
+            _, count, k = claims[d][0]
+            heapq.heapreplace(claims[d], (-excess[k, d] / (count + 2), count + 1, k))
             heapq.heappush(turns, (taken + 1 / weights[d], d))
-    given = sizes - left
+            left[k] -= 1
+            free -= 1
+    unasked = np.minimum(left, np.maximum(free - np.cumsum(left) + left, 0))
+    given = sizes - left + unasked
     rows = [
         hierarchy.rows(leaf)[((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)]
         for leaf, size, count in zip(leaves, sizes, given, strict=True)
     ]
-    return np.concatenate([np.empty(0, np.int64), *rows]), np.repeat(np.arange(len(leaves)), given)
+    return np.concatenate(rows), np.repeat(np.arange(len(leaves)), given)
 
 
 def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:

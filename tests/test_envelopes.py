@@ -163,25 +163,37 @@ def leaves_of(*sizes: int) -> Hierarchy:
 
 
 def test_tasks_share_a_small_budget_by_their_weights() -> None:
-    phi = np.array([[0.5, 0.0, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1], [0.2, 0.0, 0.0]])
+    phi = np.array([[0.5, 0.0, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
     order = greedy(phi, np.zeros(3), np.ones(3), variant="harp-e")
-    assert order.best_prefix == 4
-    hierarchy = leaves_of(20, 20, 4, 20)
+    hierarchy = leaves_of(20, 20, 4)
     rows, ranks = share(order, hierarchy, phi, np.ones(3), 30)
-    given = np.bincount(hierarchy.leaf[rows], minlength=4)
-    assert given.tolist() == [13, 13, 4, 0], "the third task's leaf has four rows, and the others share what it leaves"
+    given = np.bincount(hierarchy.leaf[rows], minlength=3)
+    assert given.tolist() == [13, 13, 4], "the third task's leaf has four rows, and the others share what it leaves"
     assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()
     assert (np.diff(ranks) >= 0).all()
     heavy, _ = share(order, hierarchy, phi, np.array([3.0, 1.0, 0.0]), 16)
-    assert np.bincount(hierarchy.leaf[heavy], minlength=4).tolist() == [12, 4, 0, 0]
-    more, _ = share(order, hierarchy, phi, np.array([3.0, 1.0, 0.0]), 40)
-    assert np.bincount(hierarchy.leaf[more], minlength=4).tolist() == [20, 10, 0, 10], "then from the next best leaf"
+    assert np.bincount(hierarchy.leaf[heavy], minlength=3).tolist() == [12, 4, 0]
+    more, _ = share(order, hierarchy, phi, np.array([1.0, 0.0, 0.0]), 30)
+    assert np.bincount(hierarchy.leaf[more], minlength=3).tolist() == [20, 10, 0], "what no task asks for, in order"
+
+
+def test_a_task_takes_from_leaves_by_the_square_of_their_effect_beyond_the_mean() -> None:
+    phi = np.array([[0.6], [0.4], [0.2], [0.1], [0.1]])
+    hierarchy = leaves_of(40, 40, 100, 160, 160)
+    assert hierarchy.sizes @ phi / 500 == pytest.approx(0.184)
+    order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-e")
+    given = np.bincount(hierarchy.leaf[share(order, hierarchy, phi, np.ones(1), 22)[0]], minlength=5)
+    first, second, third = (0.6 - 0.184) ** 2, (0.4 - 0.184) ** 2, (0.2 - 0.184) ** 2
+    quota = 22 * np.array([first, second, third, 0, 0]) / (first + second + third)
+    assert given.sum() == 22
+    assert np.abs(given - quota).max() < 1
+    assert given[3:].sum() == 0
 
 
 def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
-    phi = np.array([[0.5]])
+    phi = np.array([[0.5], [-0.5]])
     order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-c")
-    assert share(order, leaves_of(12), phi, np.ones(1), 3)[0].tolist() == [2, 6, 10]
+    assert share(order, leaves_of(12, 5), phi, np.ones(1), 3)[0].tolist() == [2, 6, 10]
 
 
 @given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS))
@@ -197,8 +209,8 @@ def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, varian
     assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()
     if len(prefix) <= budget:
         assert np.array_equal(rows, cut(order, hierarchy, budget)[0])
-    elif all((phi[g] * weights).max() > 0 for g in order.leaves[: order.best_prefix]):
-        assert len(rows) == budget, "some task takes from every leaf of the prefix"
+    else:
+        assert len(rows) == budget
 
 
 def test_bad_input_is_refused() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_rows
 from datasets import ClassLabel, Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import harp_hf
@@ -109,11 +109,23 @@ def test_rows_come_in_greedy_order_nearest_their_centroid_first(result):
 
 
 @given(budget=st.integers(1, 120), variant=st.sampled_from(["harp-c", "harp-e"]))
-def test_a_budget_cuts_the_greedy_order(result, budget, variant):
+def test_a_budget_cuts_the_greedy_order_where_leaves_take_it(result, budget, variant):
     whole = result.chosen(replace(result.choice, variant=variant))[0]
-    chosen = result.select(variant, budget=budget)
+    chosen = result.select(variant, budget=budget, budget_by="leaf")
     assert chosen["harp_row"][:] == whole[:budget].tolist()
     assert len(set(chosen["harp_row"])) == len(chosen) == min(budget, len(whole))
+
+
+@settings(deadline=None)
+@given(budget=st.integers(2, 60), variant=st.sampled_from(["harp-c", "harp-e"]))
+def test_tasks_share_a_budget(result, budget, variant):
+    whole = result.chosen(replace(result.choice, variant=variant))[0]
+    chosen = result.select(variant, budget=budget)
+    assert set(chosen["harp_row"]) <= set(whole.tolist())
+    assert len(set(chosen["harp_row"])) == len(chosen) == min(budget, len(whole))
+    if len(whole) >= 12:
+        few = result.select(variant, budget=12)["completion"][:]
+        assert {" crimson", " emerald"} <= set(few), "both tasks have their part"
 
 
 def test_choosing_otherwise_never_uses_a_model_again(result, frozen, tmp_path):
@@ -254,7 +266,7 @@ def test_the_summary_is_plain_text_whatever_tasks_are_called(result, monkeypatch
 def test_repr_is_short(result):
     assert repr(result) == (
         "HarpResult(96 rows in 9 leaves, 6 measured, on 2 tasks, 2 active; Choice(variant='harp-c', budget=None, "
-        "task_weights=None, active_tasks=('auto',)))"
+        "task_weights=None, active_tasks=('auto',), budget_by='task'))"
     )
 
 
