@@ -33,10 +33,8 @@ def describe_settings(args: HarpConfig, metrics: Sequence[str], null_scores: np.
     settings = {k: v for k, v in args.to_dict().items() if k not in _INDIFFERENT}
     if args.world_size > 1:  # processes that share a finetune enlarge its batch
         settings["world_size"] = args.world_size
-    if (backend := choose_backend(args)) != "transformers":
-        settings["backend"] = backend
     given = None if null_scores is None else null_scores.tolist()
-    return _plain(settings | {"metric": list(metrics), "null_scores": given})
+    return _plain(settings | {"backend": choose_backend(args), "metric": list(metrics), "null_scores": given})
 
 
 def describe_versions() -> dict[str, str]:

@@ -396,7 +396,7 @@ SCRIPT = """
 
     pool, proxy = (load_dataset("json", data_files=f"{{name}}.jsonl", split="train") for name in ("pool", "proxy"))
     args = HarpConfig(
-        output_dir="run", leaf_size=12, branching=2, max_measurements=3, max_steps=12, learning_rate=3e-2,
+        output_dir="vllm", leaf_size=12, branching=2, max_measurements=3, max_steps=12, learning_rate=3e-2,
         use_cpu=True, bf16=False, backend="vllm", vllm_max_loras=2,
     )
     measured = measure(pool, proxy, {model!r}, args, features=np.load("features.npy")).measurements
