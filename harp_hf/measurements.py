@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .effects import measured_effects
 from .errors import HarpError
 from .execution.local import measurement_file
 from .rundir import RunDir
@@ -66,9 +67,10 @@ class Measurements:
             raise HarpError(f"Not one of {len(failed)} leaves could be measured: {next(iter(failed.values()))}.")
         return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost)
 
-    def replicates(self, task: np.ndarray, n_tasks: int) -> np.ndarray | None:
-        """(m, R, n_tasks) task means of every repeat, or `None` where nothing was repeated."""
-        if self.scores.shape[1] == 1:
-            return None
-        member = np.eye(n_tasks)[task]
-        return self.scores @ (member / member.sum(axis=0))
+    def effects(self, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
+        """(m, n_tasks) effects of the measured leaves and their variances; see [`measured_effects`]."""
+        replicates = None
+        if self.scores.shape[1] > 1:
+            member = np.eye(n_tasks)[task]
+            replicates = self.scores @ (member / member.sum(axis=0))
+        return measured_effects(np.nanmean(self.scores, axis=1), self.null, task, n_tasks, replicates=replicates)

@@ -16,27 +16,18 @@ the tasks tell each other how far similarity can be believed: beta is Gaussian a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from scipy.stats import chi2, false_discovery_control
+from scipy.stats import chi2
 
 from .errors import HarpError
 from .hierarchy import Hierarchy
+from .priors import Prior, correlations
 
-Prior = Literal["smooth", "nested"]
-
-# Length scales of the smooth prior, in median distances between measured leaves.
-LENGTH_SCALES = (0.25, 0.4, 0.65, 1.0, 1.6)
-# Shares of the nested prior's shared variance that lie at the level of large regions; parents have the rest.
-LARGE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Standard deviations on the grid, for the shared and for the leaf's own part, in scales of the data.
 GRID = (0.0, 0.25, 0.55, 0.9, 1.4)
 # Noise added to every measurement, in squared scales of the data, which keeps exact measurements solvable.
 JITTER = 1e-8
-# The task's pooled variance counts as much as this many rows of the leaf's own. A leaf with an effect has answers that
-# vary, so its own variance is large just because of the effect: taken at its word, a clear effect passes for noise.
-PRIOR_ROWS = 100
 # Prior of the slope on similarity, for effects in scales of the data and similarity in its own standard deviations:
 # the sd of the mean over tasks, and the possible sds of tasks around it.
 SLOPE_SD = 0.5
@@ -58,66 +49,6 @@ class Posterior:
     mean: np.ndarray
     sd: np.ndarray
     notes: tuple[str, ...] = ()
-
-
-def measured_effects(
-    scores: np.ndarray, null: np.ndarray, task: np.ndarray, n_tasks: int, *, replicates: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Effect of every measured leaf on every task, and its variance.
-
-    The effect is the mean paired difference over the task's n rows. The variance of one difference is shrunk towards
-    the task's pooled variance as if that had been seen on k = `PRIOR_ROWS` more rows (the posterior mean form of
-    Smyth, 2004, with fixed prior degrees of freedom):
-
-        v = (SS + k * pooled) / (n - 1 + k),    pooled = (sum of SS over leaves + 1/2) / (m (n - 1) + 1),
-
-    where SS is the leaf's sum of squares around its effect. The half (Jeffreys' half a changed answer) keeps v above
-    zero where nothing changed anywhere. The variance of the effect is v / n.
-
-    Args:
-        scores: (m, n_proxy) score in [0, 1] of every proxy row after finetuning on each measured leaf; a leaf
-            finetuned several times has the mean over its runs here.
-        null: (n_proxy,) scores of the base model on the same rows.
-        task: (n_proxy,) int, task of every row, 0..n_tasks-1.
-        n_tasks: number of tasks D; each needs at least one row.
-        replicates: (m, R, D) task means of every run, NaN where a leaf had fewer than R runs. Their pooled run-to-run
-            variance of each task, divided by the leaf's number of runs, is added; nothing where no leaf was repeated.
-
-    Returns:
-        effects (m, D) and variances (m, D), the variances above zero.
-
-    Raises:
-        HarpError: shapes do not match, a score is not finite, or a task has no rows.
-    """
-    if scores.ndim != 2 or null.shape != scores.shape[1:] or task.shape != null.shape:
-        raise HarpError(
-            f"Scores of shape {scores.shape} do not fit null scores of shape {null.shape} "
-            f"and tasks of shape {task.shape}."
-        )
-    if not np.isfinite(scores).all() or not np.isfinite(null).all():
-        raise HarpError("Scores must be finite, but hold NaN or infinity.")
-    rows = np.bincount(task, minlength=n_tasks)
-    if len(rows) > n_tasks or not rows.all():
-        raise HarpError(f"Each of {n_tasks} tasks needs proxy rows, but rows per task are {rows.tolist()}.")
-    differences = scores.astype(np.float64) - null
-    member = np.eye(n_tasks)[task]
-    effects = differences @ member / rows
-    squares = (differences - effects[:, task]) ** 2 @ member
-    pooled = (squares.sum(axis=0) + 0.5) / (len(scores) * (rows - 1) + 1)
-    variances = (squares + PRIOR_ROWS * pooled) / (rows - 1 + PRIOR_ROWS) / rows
-    if replicates is not None:
-        variances = variances + _run_variance(replicates)
-    return effects, variances
-
-
-def _run_variance(replicates: np.ndarray) -> np.ndarray:
-    """(m, D) variance of the mean over a leaf's runs, from the pooled run-to-run variance of each task."""
-    runs = np.isfinite(replicates).sum(axis=1)
-    if not runs.all():
-        raise HarpError("Every measured leaf needs the task means of at least one run.")
-    around = replicates - np.nanmean(replicates, axis=1, keepdims=True)
-    pooled = np.nansum(around**2, axis=(0, 1)) / np.maximum((runs - 1).sum(axis=0), 1)
-    return pooled / runs
 
 
 def infer(
@@ -148,32 +79,73 @@ def infer(
         HarpError: the prior is unknown, nothing was measured, or numbers or shapes do not fit.
     """
     measured = np.asarray(measured, dtype=np.int64)
-    _check(effects, variances, measured, hierarchy, prior)
-    _check_similarity(similarity, (hierarchy.n_leaves, effects.shape[1]))
+    model = standardise(effects, variances, measured, hierarchy, prior, similarity)
     others = np.setdiff1d(np.arange(hierarchy.n_leaves), measured)
-    correlations = _smooth if prior == "smooth" else _nested
-    among = correlations(hierarchy, measured, measured)
-    across = correlations(hierarchy, others, measured)
+    across = correlations(prior, hierarchy, others, measured, measured)
     mean = np.empty((hierarchy.n_leaves, effects.shape[1]))
     variance = np.empty_like(mean)
-    # Solved in units of the data's own scale, so that no number below depends on the units of the scores.
-    scales = _scales(effects, variances)
-    y, noise = effects / scales, variances / scales**2
-    signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(GRID, GRID))
-    log_prior = -0.5 * (signal + leaf)
-    trends: list[Trend | None] = [None] * len(scales)
-    if similarity is not None:
-        spread = similarity.std(axis=0)
-        z = (similarity - similarity.mean(axis=0)) / np.where(spread > 0, spread, 1)
-        tasks = range(len(scales))
-        slopes = [slope(y[:, d], noise[:, d], among, signal, leaf, log_prior, z[measured, d]) for d in tasks]
-        trends = [Trend(z[measured, d], z[others, d], *pooled_slope(np.delete(slopes, d, axis=0))) for d in tasks]
-    for d, scale in enumerate(scales):
-        parts = average(y[:, d], noise[:, d], among, across, signal, leaf, log_prior, trends[d])
+    for d, scale in enumerate(model.scales):
+        z = model.covariate[:, d]
+        parts = average(
+            model.effects[:, d], model.noise[:, d], model.among, across, model.signal, model.leaf, model.log_prior,
+            Trend(z[measured], z[others], *model.slopes[d]),
+        )  # fmt: skip
         mean[measured, d], mean[others, d] = parts.measured_mean * scale, parts.other_mean * scale
         variance[measured, d] = parts.measured_variance * scale**2
         variance[others, d] = parts.other_variance * scale**2
     return Posterior(mean, np.sqrt(variance), _notes(measured, hierarchy, prior))
+
+
+@dataclass(frozen=True, eq=False)
+class Standardised:
+    """The model of all tasks in units of each task's own scale, so that nothing depends on the units of the scores.
+
+    Attributes:
+        scales: (D,) the unit of each task.
+        effects: (m, D) measured effects.
+        noise: (m, D) their variances.
+        among: (K, m, m) correlations of the shared part among measured leaves.
+        signal: (p,) variances of the shared part on the grid.
+        leaf: (p,) variances of the leaf's own part.
+        log_prior: (p,) log prior weights of the pairs.
+        covariate: (G, D) similarity in its own standard deviations; zero where it is not used.
+        slopes: (D, 2) mean and variance of the prior of each task's slope on it, which the other tasks tell.
+    """
+
+    scales: np.ndarray
+    effects: np.ndarray
+    noise: np.ndarray
+    among: np.ndarray
+    signal: np.ndarray
+    leaf: np.ndarray
+    log_prior: np.ndarray
+    covariate: np.ndarray
+    slopes: np.ndarray
+
+
+def standardise(
+    effects: np.ndarray,
+    variances: np.ndarray,
+    measured: np.ndarray,
+    hierarchy: Hierarchy,
+    prior: Prior,
+    similarity: np.ndarray | None,
+) -> Standardised:
+    """The model that [`infer`] solves; arguments and errors as there."""
+    _check(effects, variances, measured, hierarchy, prior, similarity)
+    n_tasks = effects.shape[1]
+    scales = _scales(effects, variances)
+    y, noise = effects / scales, variances / scales**2 + JITTER
+    among = correlations(prior, hierarchy, measured, measured, measured)
+    signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(GRID, GRID))
+    log_prior = -0.5 * (signal + leaf)
+    z, slopes = np.zeros((hierarchy.n_leaves, n_tasks)), np.zeros((n_tasks, 2))
+    if similarity is not None:
+        spread = similarity.std(axis=0)
+        z = (similarity - similarity.mean(axis=0)) / np.where(spread > 0, spread, 1)
+        found = [slope(y[:, d], noise[:, d], among, signal, leaf, log_prior, z[measured, d]) for d in range(n_tasks)]
+        slopes = np.array([pooled_slope(np.delete(found, d, axis=0)) for d in range(n_tasks)])
+    return Standardised(scales, y, noise, among, signal, leaf, log_prior, z, slopes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +176,7 @@ def average(
     signal: np.ndarray,
     leaf: np.ndarray,
     log_prior: np.ndarray,
-    trend: Trend | None = None,
+    trend: Trend,
 ) -> Averaged:
     """Posterior of one task, averaged over K correlations x p pairs of variances; K = p = 1 fixes them.
 
@@ -228,27 +200,17 @@ def average(
         log_prior: (p,) log prior weights of the pairs.
         trend: a covariate and the prior of its slope.
     """
-    m, u = len(effects), across.shape[1]
-    if trend is None:
-        trend = Trend(np.zeros(m), np.zeros(u), 0.0, 0.0)
-    noise = noise + JITTER
-    expected = trend.mean * trend.measured
-    expected = expected + (effects - expected).mean()
-    y = effects - expected
-    z = trend.measured
-    solved = [
-        _solve(y, noise, correlation, signal, leaf, trend.variance * np.outer(z, z)) for correlation in among
-    ]  # fmt: skip
+    m, u, z = len(effects), across.shape[1], trend.measured
+    centre = (effects - trend.mean * z).mean()
+    y = effects - trend.mean * z - centre
+    fixed = trend.variance * np.outer(z, z)
+    solved = [solve(y, noise, correlation, signal, leaf, fixed) for correlation in among]
     log_weights = np.array([log_likelihood + log_prior for *_, log_likelihood in solved])
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
 
     mean_m, square_m = np.zeros(m), np.zeros(m)
     mean_o, square_o = np.zeros(u), np.zeros(u)
-    # What the covariances of the other leaves are made of: signal times correlation, and the trend's share.
-    lift = np.concatenate([
-        signal[:, None, None] * np.eye(m), np.broadcast_to(trend.variance * z, (len(signal), 1, m))
-    ], axis=1)  # fmt: skip
     for w, (precision, pull, level, _), correlation in zip(weights, solved, across, strict=True):
         residual = precision @ y
         means = y - noise * residual
@@ -256,22 +218,31 @@ def average(
         square_m += w @ (means**2 + noise - noise**2 * np.diagonal(precision, axis1=1, axis2=2))
         # For the other leaves mean and variance are linear and quadratic in (c, 1), and c is linear in the correlation
         # and z: the average over pairs of variances is taken inside that form, once for all leaves.
-        features = np.concatenate([correlation, trend.other[:, None]], axis=1)
-        gain = np.einsum("pij,pj->pi", lift, residual)
+        near = np.concatenate([correlation, trend.other[:, None]], axis=1)
+        gain, lost = (_lifted(vectors, signal, z, trend.variance) for vectors in (residual, pull))
         shift = y @ pull.T
-        mean_o += features @ (w @ gain) + w @ shift
+        mean_o += near @ (w @ gain) + w @ shift
         quadratic = (w[:, None] * gain).T @ gain
-        quadratic -= np.tensordot(w, lift @ precision @ lift.transpose(0, 2, 1), axes=1)
-        linear = 2 * (w @ (shift[:, None] * gain - np.einsum("pij,pj->pi", lift, pull)))
-        square_o += np.einsum("ij,ij->i", features @ quadratic + linear, features)
+        quadratic[:m, :m] -= np.tensordot(w * signal**2, precision, axes=1)
+        along = precision @ z
+        border = trend.variance * (w * signal) @ along
+        quadratic[:m, m] -= border
+        quadratic[m, :m] -= border
+        quadratic[m, m] -= trend.variance**2 * (w @ (along @ z))
+        linear = 2 * (w @ (shift[:, None] * gain - lost))
+        square_o += np.einsum("ij,ij->i", near @ quadratic + linear, near)
         square_o += w @ (shift**2 + signal + leaf + level) + w.sum() * trend.variance * trend.other**2
-    centre = expected[0] - trend.mean * z[0]
     return Averaged(
-        mean_m + expected,
+        mean_m + centre + trend.mean * z,
         np.maximum(square_m - mean_m**2, 0),
         mean_o + centre + trend.mean * trend.other,
         np.maximum(square_o - mean_o**2, 0),
     )
+
+
+def _lifted(vectors: np.ndarray, signal: np.ndarray, z: np.ndarray, variance: float) -> np.ndarray:
+    """(p, m + 1): what (p, m) vectors weigh a leaf's correlations and its covariate by."""
+    return np.concatenate([signal[:, None] * vectors, variance * (vectors @ z)[:, None]], axis=1)
 
 
 def slope(
@@ -298,7 +269,7 @@ def slope(
     if np.ptp(z) == 0:
         return 0.0, np.inf
     y = effects - effects.mean()
-    solved = [_solve(y, noise + JITTER, correlation, signal, leaf) for correlation in among]
+    solved = [solve(y, noise, correlation, signal, leaf) for correlation in among]
     curvature = np.array([precision @ z @ z for precision, *_ in solved])
     slopes = np.array([precision @ y @ z for precision, *_ in solved]) / curvature
     log_weights = np.array([log_likelihood + log_prior for *_, log_likelihood in solved])
@@ -331,7 +302,7 @@ def pooled_slope(slopes: np.ndarray) -> tuple[float, float]:
     return float(centre), float(weights @ (1 / total + square + mean**2) - centre**2)
 
 
-def _solve(
+def solve(
     y: np.ndarray,
     noise: np.ndarray,
     correlation: np.ndarray,
@@ -362,25 +333,14 @@ def _solve(
     return precision, 1 / m - pull, total - np.einsum("pi,pi->p", column, pull), log_likelihood
 
 
-def active_tasks(effects: np.ndarray, variances: np.ndarray, *, fdr: float = 0.1) -> np.ndarray:
-    """Tasks whose measured effects are distinguishable from none.
-
-    The sum of squared effects over their variances is chi-square with m degrees of freedom where there is no effect;
-    Benjamini-Hochberg holds the false discovery rate over tasks.
-
-    Args:
-        effects: (m, D) measured effects.
-        variances: (m, D) their variances, above 0.
-        fdr: share of false discoveries allowed, in (0, 1).
-
-    Returns:
-        (D,) bool, True for active tasks.
-    """
-    p_values = chi2.sf((effects**2 / variances).sum(axis=0), df=len(effects))
-    return false_discovery_control(p_values) <= fdr
-
-
-def _check(effects: np.ndarray, variances: np.ndarray, measured: np.ndarray, hierarchy: Hierarchy, prior: str) -> None:
+def _check(
+    effects: np.ndarray,
+    variances: np.ndarray,
+    measured: np.ndarray,
+    hierarchy: Hierarchy,
+    prior: str,
+    similarity: np.ndarray | None,
+) -> None:
     if prior not in ("smooth", "nested"):
         raise HarpError(f"prior must be 'smooth' or 'nested', but is {prior!r}.")
     if len(measured) == 0:
@@ -394,9 +354,7 @@ def _check(effects: np.ndarray, variances: np.ndarray, measured: np.ndarray, hie
         raise HarpError(f"Measured leaves must be distinct ids from 0 to {hierarchy.n_leaves - 1}.")
     if not np.isfinite(effects).all() or not np.isfinite(variances).all() or (variances < 0).any():
         raise HarpError("Effects must be finite, and variances finite and at least 0.")
-
-
-def _check_similarity(similarity: np.ndarray | None, shape: tuple[int, int]) -> None:
+    shape = (hierarchy.n_leaves, effects.shape[1])
     if similarity is not None and (similarity.shape != shape or not np.isfinite(similarity).all()):
         raise HarpError(f"Similarities must be {shape[0]} x {shape[1]} finite numbers, one for each leaf and task.")
 
@@ -414,30 +372,6 @@ def _scales(effects: np.ndarray, variances: np.ndarray) -> np.ndarray:
     else:
         squared = np.maximum(((effects - effects.mean(axis=0)) ** 2).sum(axis=0) / chi2.ppf(0.25, m - 1), noise)
     return np.sqrt(np.where(squared > 0, squared, np.finfo(np.float64).tiny ** 0.25))
-
-
-def _smooth(hierarchy: Hierarchy, rows: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """(K, rows, m) squared-exponential correlations at every length scale."""
-    distances = _squared_distances(hierarchy, rows, measured)
-    among = _squared_distances(hierarchy, measured, measured)[np.triu_indices(len(measured), 1)]
-    middle = float(np.median(among)) if len(among) else 0.0
-    # Centroids that coincide have distances of mere rounding, which are no unit.
-    unit = middle if middle > 1e-4 else 1.0
-    return np.stack([np.exp(-0.5 * distances / (unit * scale**2)) for scale in LENGTH_SCALES])
-
-
-def _squared_distances(hierarchy: Hierarchy, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    a, b = (hierarchy.centroids[leaves].astype(np.float64) for leaves in (rows, columns))
-    return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)
-
-
-def _nested(hierarchy: Hierarchy, rows: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """(K, rows, m) correlations of leaves that share a parent or a large region, at every share between the two."""
-    parent = hierarchy.parent
-    large = hierarchy.large[parent]
-    same_parent = (parent[rows][:, None] == parent[measured]).astype(np.float64)
-    same_large = (large[rows][:, None] == large[measured]).astype(np.float64)
-    return np.stack([share * same_large + (1 - share) * same_parent for share in LARGE_SHARES])
 
 
 def _notes(measured: np.ndarray, hierarchy: Hierarchy, prior: str) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import posterior as posteriors
 from .envelopes import VARIANTS, Variant
 from .errors import MissingExtraError
 from .pool import row_parts
@@ -203,10 +202,7 @@ def _selection(result: HarpResult, variant: Variant) -> dict[str, int]:
 
 def _smoothness(result: HarpResult) -> Any:
     measured, tasks = result.measurements, len(result.tasks)
-    effects, variances = posteriors.measured_effects(
-        np.nanmean(measured.scores, axis=1), measured.null, result.task, tasks,
-        replicates=measured.replicates(result.task, tasks),
-    )  # fmt: skip
+    effects, variances = measured.effects(result.task, tasks)
     deciding = _deciding(result)
     centroids = result.hierarchy.centroids[measured.leaves]
     return smoothness(effects[:, deciding], variances[:, deciding], centroids)

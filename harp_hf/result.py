@@ -10,14 +10,15 @@ import numpy as np
 import yaml
 from datasets import Dataset, concatenate_datasets
 
-from . import posterior as posteriors
 from .config import HarpConfig, check_choice
+from .effects import active_tasks
 from .envelopes import BudgetBy, Order, Variant, cut, greedy, predict, share
 from .errors import ConfigError, DataError, HarpError
 from .hierarchy import Hierarchy
 from .measurements import Measurements
 from .mixture import load_pool, read_mixture
 from .pool import content_digest
+from .posterior import Posterior, infer
 from .proxy import ProxySet
 from .quiet import quiet
 from .rundir import RunDir
@@ -64,7 +65,7 @@ class HarpResult:
     task: np.ndarray
     hierarchy: Hierarchy
     measurements: Measurements
-    posterior: posteriors.Posterior
+    posterior: Posterior
     distinguishable: np.ndarray
     choice: Choice
     seconds: dict[str, float]
@@ -284,13 +285,8 @@ def conclude(pool: Dataset, proxy: ProxySet, hierarchy: Hierarchy, measured: Mea
              metrics: list[str], digest: str, seconds: dict[str, float],
              labels: Labels | None = None, similarity: np.ndarray | None = None) -> HarpResult:  # fmt: skip
     """Infer the effects of every leaf, and of every source where these are known, from the measured ones."""
-    effects, variances = posteriors.measured_effects(
-        np.nanmean(measured.scores, axis=1), measured.null, proxy.task, len(proxy.tasks),
-        replicates=measured.replicates(proxy.task, len(proxy.tasks)),
-    )  # fmt: skip
-    inferred = posteriors.infer(
-        effects, variances, measured.leaves, hierarchy, prior=args.prior, similarity=similarity
-    )
+    effects, variances = measured.effects(proxy.task, len(proxy.tasks))
+    inferred = infer(effects, variances, measured.leaves, hierarchy, prior=args.prior, similarity=similarity)
     sources = None
     if labels is not None:
         sources = infer_sources(
@@ -300,7 +296,7 @@ def conclude(pool: Dataset, proxy: ProxySet, hierarchy: Hierarchy, measured: Mea
     choice = Choice(args.variant, args.budget, weights, tuple(args.active_tasks), args.budget_by)
     return HarpResult(
         pool, proxy.tasks, metrics, proxy.task, hierarchy, measured, inferred,
-        posteriors.active_tasks(effects, variances), choice, seconds, digest, sources=sources,
+        active_tasks(effects, variances), choice, seconds, digest, sources=sources,
         similarity=similarity,
     )  # fmt: skip
 
@@ -346,7 +342,7 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
     return HarpResult(
         pool, known["tasks"], known["metrics"], arrays["task"],
         Hierarchy(**{k.removeprefix("hierarchy_"): v for k, v in arrays.items() if k.startswith("hierarchy_")}),
-        measured, posteriors.Posterior(arrays["mean"], arrays["sd"], tuple(known["notes"])),
+        measured, Posterior(arrays["mean"], arrays["sd"], tuple(known["notes"])),
         arrays["distinguishable"], Choice(**chosen), costs["seconds"], known["pool"], Path(path), sources,
         arrays.get("similarity"),
     )  # fmt: skip

@@ -107,7 +107,9 @@ def measure(
     ))  # fmt: skip
     hierarchy = _timed(run, "hierarchy", lambda: _load_hierarchy(run, matrix, args))
     similarity = None
-    if args.similarity and comparable(given.pool, given.proxy, given.features):
+    if args.similarity and not comparable(given.pool, given.proxy, given.features):
+        logger.info("The proxy set has no features of its own, so similarity to it is not used.")
+    elif args.similarity:
         similarity = _timed(run, "similarity", lambda: _load_similarity(run, matrix, hierarchy, given, args))
     leaves = choose_leaves(hierarchy, args.max_measurements, similarity)
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import posterior as posteriors
 from .hierarchy import Hierarchy
-from .posterior import Prior
+from .posterior import solve, standardise
+from .priors import Prior, correlations
 
 # Half the width of a 90 % interval, in standard deviations.
 Z90 = 1.645
@@ -105,36 +105,31 @@ def weighted_means(
     Returns:
         (S, D) posterior means and (S, D) standard deviations.
     """
+    model = standardise(effects, variances, measured, hierarchy, prior, similarity)
     across, within = _combined_correlations(hierarchy, measured, weights, prior)
-    among = posteriors._smooth if prior == "smooth" else posteriors._nested
-    correlations = among(hierarchy, measured, measured)
+    signal, leaf = model.signal, model.leaf
     own, squares = weights[:, measured], (weights**2).sum(axis=1)
-    signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(posteriors.GRID, posteriors.GRID))
-    log_prior = -0.5 * (signal + leaf)
     mean, sd = np.empty((len(weights), effects.shape[1])), np.empty((len(weights), effects.shape[1]))
-    scales = posteriors._scales(effects, variances)
-    trends = _trends(
-        effects / scales, variances / scales**2, correlations, signal, leaf, log_prior, measured,
-        hierarchy.n_leaves, similarity,
-    )  # fmt: skip
-    for d, (scale, (z, slope, slope_variance)) in enumerate(zip(scales, trends, strict=True)):
-        noise = variances[:, d] / scale**2 + posteriors.JITTER
-        y = effects[:, d] / scale - slope * z[measured]
+    for d, (scale, (slope, slope_variance)) in enumerate(zip(model.scales, model.slopes, strict=True)):
+        z = model.covariate[:, d]
+        y = model.effects[:, d] - slope * z[measured]
         centre = y.mean()
         y = y - centre
         at = weights @ z
         common = slope_variance * np.outer(at, z[measured])
+        fixed = slope_variance * np.outer(z[measured], z[measured])
         means, squared, weight = [], [], []
-        for correlation, shared, level_of in zip(correlations, across, within, strict=True):
-            fixed = slope_variance * np.outer(z[measured], z[measured])
-            precision, trend, level, log_likelihood = posteriors._solve(y, noise, correlation, signal, leaf, fixed)
+        for correlation, shared, level_of in zip(model.among, across, within, strict=True):
+            precision, trend, level, log_likelihood = solve(
+                y, model.noise[:, d], correlation, signal, leaf, fixed
+            )  # fmt: skip
             c = signal[:, None, None] * shared + leaf[:, None, None] * own + common
             found = (trend @ y)[:, None] + np.einsum("psm,pm->ps", c, precision @ y)
             before = signal[:, None] * level_of + leaf[:, None] * squares + level[:, None] + slope_variance * at**2
             explained = np.einsum("psm,psm->ps", c @ precision + 2 * trend[:, None], c)
             means.append(found)
             squared.append(found**2 + np.maximum(before - explained, 0))
-            weight.append(log_likelihood + log_prior)
+            weight.append(log_likelihood + model.log_prior)
         share = np.exp(np.array(weight) - np.max(weight))
         share /= share.sum()
         averaged = np.einsum("kp,kps->s", share, np.array(means))
@@ -142,29 +137,6 @@ def weighted_means(
         mean[:, d] = (averaged + centre + slope * at) * scale
         sd[:, d] = np.sqrt(np.maximum(spread, 0)) * scale
     return mean, sd
-
-
-def _trends(
-    y: np.ndarray,
-    noise: np.ndarray,
-    correlations: np.ndarray,
-    signal: np.ndarray,
-    leaf: np.ndarray,
-    log_prior: np.ndarray,
-    measured: np.ndarray,
-    n_leaves: int,
-    similarity: np.ndarray | None,
-) -> list[tuple[np.ndarray, float, float]]:
-    """Of each task the covariate (G,), and mean and variance of its slope, which the other tasks tell."""
-    if similarity is None:
-        return [(np.zeros(n_leaves), 0.0, 0.0)] * y.shape[1]
-    spread = similarity.std(axis=0)
-    z = (similarity - similarity.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    slopes = [
-        posteriors.slope(y[:, d], noise[:, d], correlations, signal, leaf, log_prior, z[measured, d])
-        for d in range(y.shape[1])
-    ]
-    return [(z[:, d], *posteriors.pooled_slope(np.delete(slopes, d, axis=0))) for d in range(y.shape[1])]
 
 
 def _combined_correlations(
@@ -175,22 +147,10 @@ def _combined_correlations(
     across, within = np.zeros(1), np.zeros(1)
     for start in range(0, len(leaves), _CHUNK):
         rows = leaves[start : start + _CHUNK]
-        if prior == "smooth":
-            to_measured, to_all = posteriors._smooth(hierarchy, rows, measured), _smooth(hierarchy, rows, measured)
-        else:
-            to_measured, to_all = (posteriors._nested(hierarchy, rows, columns) for columns in (measured, leaves))
-        across = across + weights[:, rows] @ to_measured
+        to_all = correlations(prior, hierarchy, rows, leaves, measured)
+        across = across + weights[:, rows] @ to_all[:, :, measured]
         within = within + np.stack([((weights[:, rows] @ to) * weights).sum(axis=1) for to in to_all])
     return across, within
-
-
-def _smooth(hierarchy: Hierarchy, rows: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """(K, rows, G) squared-exponential correlations with every leaf, in the unit that the measured leaves give."""
-    among = posteriors._squared_distances(hierarchy, measured, measured)[np.triu_indices(len(measured), 1)]
-    middle = float(np.median(among)) if len(among) else 0.0
-    unit = middle if middle > 1e-4 else 1.0
-    distances = posteriors._squared_distances(hierarchy, rows, np.arange(hierarchy.n_leaves))
-    return np.stack([np.exp(-0.5 * distances / (unit * scale**2)) for scale in posteriors.LENGTH_SCALES])
 
 
 def tabulate(

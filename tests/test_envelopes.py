@@ -152,20 +152,10 @@ def test_the_leaf_that_crosses_the_budget_gives_its_nearest_rows() -> None:
     assert hierarchy.distance[kept].max() <= hierarchy.distance[left].min()
 
 
-def leaves_of(*sizes: int) -> Hierarchy:
-    leaf = np.repeat(np.arange(len(sizes)), sizes)
-    centroids = np.eye(len(sizes), dtype=np.float32)
-    return Hierarchy(
-        leaf=leaf, parent=np.zeros(len(sizes), np.int64), large=np.zeros(1, np.int64), centroids=centroids,
-        parent_centroids=centroids.mean(axis=0, keepdims=True),
-        distance=np.arange(len(leaf), dtype=np.float32) / len(leaf),
-    )  # fmt: skip
-
-
 def test_tasks_share_a_small_budget_by_their_weights() -> None:
     phi = np.array([[0.5, 0.0, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
     order = greedy(phi, np.zeros(3), np.ones(3), variant="harp-e")
-    hierarchy = leaves_of(20, 20, 4)
+    hierarchy = hierarchy_of([20, 20, 4])
     rows, ranks = share(order, hierarchy, phi, np.ones(3), 30)
     given = np.bincount(hierarchy.leaf[rows], minlength=3)
     assert given.tolist() == [13, 13, 4], "the third task's leaf has four rows, and the others share what it leaves"
@@ -179,7 +169,7 @@ def test_tasks_share_a_small_budget_by_their_weights() -> None:
 
 def test_a_task_takes_from_leaves_by_the_square_of_their_effect_beyond_the_mean() -> None:
     phi = np.array([[0.6], [0.4], [0.2], [0.1], [0.1]])
-    hierarchy = leaves_of(40, 40, 100, 160, 160)
+    hierarchy = hierarchy_of([40, 40, 100, 160, 160])
     assert hierarchy.sizes @ phi / 500 == pytest.approx(0.184)
     order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-e")
     given = np.bincount(hierarchy.leaf[share(order, hierarchy, phi, np.ones(1), 22)[0]], minlength=5)
@@ -193,14 +183,15 @@ def test_a_task_takes_from_leaves_by_the_square_of_their_effect_beyond_the_mean(
 def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
     phi = np.array([[0.5], [-0.5]])
     order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-c")
-    assert share(order, leaves_of(12, 5), phi, np.ones(1), 3)[0].tolist() == [2, 6, 10]
+    hierarchy = hierarchy_of([12, 5])
+    assert np.array_equal(share(order, hierarchy, phi, np.ones(1), 3)[0], hierarchy.rows(0)[[2, 6, 10]])
 
 
 @given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS))
 @settings(deadline=None, max_examples=100)
 def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str) -> None:
     phi, null, weights = problem
-    hierarchy = leaves_of(*(3 + 2 * g for g in range(len(phi))))
+    hierarchy = hierarchy_of([3 + 2 * g for g in range(len(phi))])
     order = greedy(phi, null, weights, variant=variant)
     rows, ranks = share(order, hierarchy, phi, weights, budget)
     prefix = cut(order, hierarchy)[0]

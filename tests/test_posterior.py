@@ -5,20 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harp_hf.effects import PRIOR_ROWS, active_tasks, measured_effects
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
-from harp_hf.posterior import (
-    PRIOR_ROWS,
-    SLOPE_SD,
-    SLOPE_SPREADS,
-    Trend,
-    active_tasks,
-    average,
-    infer,
-    measured_effects,
-    pooled_slope,
-    slope,
-)
+from harp_hf.posterior import SLOPE_SD, SLOPE_SPREADS, Trend, average, infer, pooled_slope, slope
 
 PRIORS = ("smooth", "nested")
 
@@ -138,10 +128,14 @@ def test_scores_that_do_not_fit_are_refused() -> None:
 # Closed forms, with fixed variances
 
 
+def no_trend(m, u):
+    return Trend(np.zeros(m), np.zeros(u), 0.0, 0.0)
+
+
 def fixed(y, noise, among, across, signal, leaf):
     return average(
         np.array(y, float), np.array(noise, float), np.array([among], float), np.array([across], float),
-        np.array([signal]), np.array([leaf]), np.zeros(1),
+        np.array([signal]), np.array([leaf]), np.zeros(1), no_trend(len(y), len(across)),
     )  # fmt: skip
 
 
@@ -244,7 +238,9 @@ def test_the_average_weighs_by_restricted_likelihood_and_adds_the_spread_of_mean
     weights = np.array(weights) / np.sum(weights)
     mean = weights @ np.array(means)
     variance = weights @ (np.array(variances) + (np.array(means) - mean) ** 2)
-    parts = average(y, noise, correlations[:, :5, :5], correlations[:, 5:, :5], signal, leaf, log_prior)
+    parts = average(
+        y, noise, correlations[:, :5, :5], correlations[:, 5:, :5], signal, leaf, log_prior, no_trend(5, 4)
+    )  # fmt: skip
     assert np.concatenate([parts.measured_mean, parts.other_mean]) == pytest.approx(mean, abs=1e-6)
     assert np.concatenate([parts.measured_variance, parts.other_variance]) == pytest.approx(variance, abs=1e-6)
 

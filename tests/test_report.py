@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from harp_hf import posterior
+from harp_hf.effects import active_tasks, measured_effects
 from harp_hf.errors import MissingExtraError
 from harp_hf.hierarchy import Hierarchy
 from harp_hf.measurements import Measurements
+from harp_hf.posterior import infer
 from harp_hf.result import Choice, HarpResult
 from harp_hf.smoothness import smoothness
 
@@ -46,13 +47,13 @@ def make(n_leaves=20, n_tasks=3, n_measured=12, *, tasks=None, pool=None, per_le
     scores = np.clip(null + effects + 0.02 * random.standard_normal((n_measured, len(task))), 0, 1)
     cost = {"finetunes": float(n_measured), "tokens_training": 1000.0 * n_measured, "seconds_training": 8.0,
             "tokens_evaluation": 500.0 * (n_measured + 1), "seconds_evaluation": 4.0}  # fmt: skip
-    found, variances = posterior.measured_effects(scores, null, task, n_tasks)
+    found, variances = measured_effects(scores, null, task, n_tasks)
     if pool is None:
         pool = Dataset.from_list([{"prompt": f"ask {i}", "completion": f"answer {i}"} for i in range(len(leaf))])
     return HarpResult(
         pool, tasks or [f"task{d}" for d in range(n_tasks)], ["exact_match"] * n_tasks, task, hierarchy,
         Measurements(leaves, scores[:, None], null, cost=cost, **measured),
-        posterior.infer(found, variances, leaves, hierarchy), posterior.active_tasks(found, variances),
+        infer(found, variances, leaves, hierarchy), active_tasks(found, variances),
         Choice("harp-c", 30, None, ("all",)), {"features": 3.0, "training": 8.0, "evaluation": 4.0}, "digest",
     )  # fmt: skip
 

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import harp_hf
-from harp_hf import HarpConfig, HarpError, posterior
+from harp_hf import HarpConfig, HarpError
+from harp_hf.effects import measured_effects
 from harp_hf.errors import DataError, FinetuneError
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
+from harp_hf.posterior import Posterior, infer
 from harp_hf.result import load_result
 
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": 6, "max_steps": 12, "learning_rate": 3e-2,
@@ -165,7 +167,7 @@ def test_what_cannot_be_selected_is_said(result, asked, message):
 
 
 def test_nothing_to_select_is_said(result):
-    harmful = replace(result, posterior=posterior.Posterior(-abs(result.posterior.mean), result.posterior.sd))
+    harmful = replace(result, posterior=Posterior(-abs(result.posterior.mean), result.posterior.sd))
     with pytest.raises(HarpError, match="No leaf of the pool is expected to raise the score"):
         harmful.select()
     assert "0 of 9" in harmful.summary()
@@ -276,21 +278,19 @@ def test_repeats_make_variances_honest(pool, proxy, features, tiny_model, config
     measured, task = result.measurements, result.task
     assert measured.scores.shape == (3, 2, 16)
     assert measured.cost["finetunes"] == 6
-    replicates = measured.replicates(task, 2)
-    for d in range(2):
-        assert replicates[:, :, d] == pytest.approx(measured.scores[:, :, task == d].mean(axis=2))
+    replicates = np.stack([measured.scores[:, :, task == d].mean(axis=2) for d in range(2)], axis=2)
     assert not np.array_equal(replicates[:, 0], replicates[:, 1]), "another seed is another finetune"
     scores = measured.scores.mean(axis=1)
-    effects, plain = posterior.measured_effects(scores, measured.null, task, 2)
-    _, honest = posterior.measured_effects(scores, measured.null, task, 2, replicates=replicates)
+    effects, plain = measured_effects(scores, measured.null, task, 2)
+    _, honest = measured_effects(scores, measured.null, task, 2, replicates=replicates)
+    assert measured.effects(task, 2)[1] == pytest.approx(honest)
     assert (honest >= plain).all()
     assert (honest > plain).any()
-    inferred = posterior.infer(effects, honest, measured.leaves, result.hierarchy)
+    inferred = infer(effects, honest, measured.leaves, result.hierarchy)
     assert result.posterior.mean == pytest.approx(inferred.mean)
     assert result.posterior.sd == pytest.approx(inferred.sd)
     again = harp_hf.measure(pool, proxy, tiny_model, replace(args, num_repeats=1), features=features)
     assert np.array_equal(again.measurements.scores, measured.scores[:, :1]), "the first repeat is the plain run"
-    assert again.measurements.replicates(task, 2) is None
 
 
 def test_a_leaf_whose_rows_are_all_truncated_is_recorded_and_the_run_goes_on(
@@ -367,10 +367,7 @@ def test_null_scores_handed_in_are_not_measured(
     assert len(asked) == 2
     assert None not in asked
     effects = result.measurements.scores[:, 0].reshape(2, 2, 8).mean(axis=2) - [0.25, 0.5]
-    assert np.array_equal(
-        posterior.measured_effects(result.measurements.scores[:, 0], result.measurements.null, result.task, 2)[0],
-        effects,
-    )
+    assert np.array_equal(result.measurements.effects(result.task, 2)[0], effects)
     assert load_result(args.output_dir, pool).null.tolist() == [0.25, 0.5]
 
 

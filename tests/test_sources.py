@@ -17,7 +17,7 @@ from harp_hf import HarpConfig, HarpError, card, cli, posterior
 from harp_hf.errors import ConfigError, DataError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.mixture import MOST, load_mixture, read_labels, source_names
-from harp_hf.posterior import infer, measured_effects
+from harp_hf.posterior import infer
 from harp_hf.result import load_result
 from harp_hf.sources import Labels, infer_sources, tabulate, weighted_means
 
@@ -55,8 +55,8 @@ def test_all_weight_on_one_leaf_gives_that_leafs_posterior(prior, m, told):
 def test_weighted_means_have_the_joint_gaussian_posterior(prior, monkeypatch):
     """At one point of the grid, against conditioning the joint covariance of all leaves under a nearly flat level."""
     monkeypatch.setattr(posterior, "GRID", (0.7,))
-    monkeypatch.setattr(posterior, "LENGTH_SCALES", (0.8,))
-    monkeypatch.setattr(posterior, "LARGE_SHARES", (0.3,))
+    monkeypatch.setattr("harp_hf.priors.LENGTH_SCALES", (0.8,))
+    monkeypatch.setattr("harp_hf.priors.LARGE_SHARES", (0.3,))
     monkeypatch.setattr("harp_hf.sources._CHUNK", 5)
     hierarchy = family(n_parents=9, leaves=3, n_large=3)
     effects, variances, leaves = observed(hierarchy, 10)
@@ -95,9 +95,7 @@ def test_leaves_err_together():
 def with_sources(result, names, row):
     """A result made by hand, with sources."""
     measured = result.measurements
-    effects, variances = measured_effects(
-        np.nanmean(measured.scores, axis=1), measured.null, result.task, len(result.tasks)
-    )
+    effects, variances = measured.effects(result.task, len(result.tasks))
     labels = Labels(names, np.asarray(row, np.int32))
     return replace(result, sources=infer_sources(labels, effects, variances, measured.leaves, result.hierarchy))
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import posterior as posteriors
+from ..effects import active_tasks
 from ..envelopes import Order, greedy, share
 from ..execution.local import measure_leaves
 from ..measurements import Measurements
-from ..posterior import Prior
+from ..posterior import infer
+from ..priors import Prior
 from ..result import HarpResult
 from .selector import Cost, Problem, Ranking, descending, leaves_to_rows
 
@@ -48,14 +49,11 @@ class Exhaustive:
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}
         measured = Measurements.read(run, leaves, seeds, null)
         n_tasks = len(result.tasks)
-        effects, variances = posteriors.measured_effects(
-            np.nanmean(measured.scores, axis=1), measured.null, result.task, n_tasks,
-            replicates=measured.replicates(result.task, n_tasks),
-        )  # fmt: skip
-        inferred = posteriors.infer(
+        effects, variances = measured.effects(result.task, n_tasks)
+        inferred = infer(
             effects, variances, measured.leaves, result.hierarchy, prior=self.prior, similarity=result.similarity
         )
-        active = posteriors.active_tasks(effects, variances)
+        active = active_tasks(effects, variances)
         return replace(result, measurements=measured, posterior=inferred, distinguishable=active)
 
 
@@ -89,9 +87,7 @@ class MeasuredOnly:
         problem.wanted(budget)
         result: HarpResult = problem.need("result", "measured-only")
         measured = result.measurements
-        effects, _ = posteriors.measured_effects(
-            np.nanmean(measured.scores, axis=1), measured.null, result.task, len(result.tasks)
-        )
+        effects, _ = measured.effects(result.task, len(result.tasks))
         active, weights = _active(result)
         order = greedy(effects[:, active], result.null[active], weights, variant=result.choice.variant)
         known = np.zeros_like(result.posterior.mean)

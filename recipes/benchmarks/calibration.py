@@ -33,13 +33,14 @@ from harp_hf.evaluation.scoring import describe_metrics
 from harp_hf.hierarchy import Hierarchy
 from harp_hf.inputs import Inputs, read_inputs
 from harp_hf.measurements import Measurements
-from harp_hf.posterior import measured_effects
 from harp_hf.result import conclude
 from harp_hf.rundir import RunDir
 from harp_hf.settings import load_settings
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-PRIORS = ("smooth", "nested", "no pooling")
+# Prior, and whether it uses the similarity of leaves to the proxy rows.
+PRIORS = {"smooth with similarity": ("smooth", True), "smooth": ("smooth", False), "nested": ("nested", False)}
+NO_POOLING = "no pooling"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,9 +108,9 @@ class Truth:
         if len(leaves) < 4:
             raise DataError(f"Only {len(leaves)} leaves are measured in {run.path}: use --measure first.")
         measured = Measurements.read(run, leaves, [args.seed], run.read_arrays("base.npz"))
-        whole = _conclude(given, args, hierarchy, measured)
-        scores = np.nanmean(measured.scores, axis=1)
-        effects, variances = measured_effects(scores, measured.null, given.proxy.task, len(given.proxy.tasks))
+        similarity = run.read_arrays("similarity.npz")["similarity"] if run.file("similarity.npz").exists() else None
+        whole = _conclude(given, args, hierarchy, measured, similarity)
+        effects, variances = measured.effects(given.proxy.task, len(given.proxy.tasks))
         return cls(given, args, whole, measured.leaves, effects, variances)
 
     @property
@@ -122,13 +123,19 @@ class Truth:
         measured = self.whole.measurements
         some = replace(measured, leaves=measured.leaves[places], scores=measured.scores[places])
         args = copy(self.args)
-        args.prior = prior
-        return _conclude(self.given, args, self.hierarchy, some)
+        args.prior, similar = PRIORS[prior]
+        return _conclude(self.given, args, self.hierarchy, some, self.whole.similarity if similar else None)
+
+    def priors(self) -> list[str]:
+        """The priors to compare; without the first where the run has no similarities."""
+        return [prior for prior, (_, similar) in PRIORS.items() if not similar or self.whole.similarity is not None]
 
 
-def _conclude(given: Inputs, args: HarpConfig, hierarchy: Hierarchy, measured: Measurements) -> HarpResult:
+def _conclude(
+    given: Inputs, args: HarpConfig, hierarchy: Hierarchy, measured: Measurements, similarity: np.ndarray | None
+) -> HarpResult:
     return conclude(given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics),
-                    given.digest, {})  # fmt: skip
+                    given.digest, {}, similarity=similarity)  # fmt: skip
 
 
 def analyse(truth: Truth, sizes: list[int], designs: int, budget: int | None, seed: int) -> list[dict[str, Any]]:
@@ -142,10 +149,10 @@ def analyse(truth: Truth, sizes: list[int], designs: int, budget: int | None, se
         if not 2 <= size < len(truth.leaves):
             logging.warning("%d of %d leaves cannot be shown: skipped.", size, len(truth.leaves))
             continue
-        found: dict[str, list[dict[str, float]]] = {prior: [] for prior in PRIORS}
+        found: dict[str, list[dict[str, float]]] = {prior: [] for prior in [*truth.priors(), NO_POOLING]}
         for design in range(designs):
             shown = np.random.default_rng([seed, size, design]).choice(len(truth.leaves), size, replace=False)
-            for prior in PRIORS:
+            for prior in found:
                 found[prior].append(_judge(truth, shown, prior, budget, design))
         for prior, judged in found.items():
             means = {name: float(np.nanmean([one[name] for one in judged])) for name in judged[0]}
@@ -155,7 +162,7 @@ def analyse(truth: Truth, sizes: list[int], designs: int, budget: int | None, se
 
 def _judge(truth: Truth, shown: np.ndarray, prior: str, budget: int | None, design: int) -> dict[str, float]:
     hidden = np.setdiff1d(np.arange(len(truth.leaves)), shown)
-    if prior == "no pooling":
+    if prior == NO_POOLING:
         mean, variance = _independent(truth.effects[shown], truth.variances[shown], len(truth.leaves), shown)
     else:
         posterior = truth.shown(shown, prior).posterior
