@@ -88,7 +88,10 @@ def test_select_reports_progress_and_nothing_of_the_libraries_on_stderr(run):
     lines = [line for line in run[1].stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert any("Measuring leaves: 100%" in line and "4/4" in line for line in lines)
     bars = ("Measuring leaves:", "Generating train split:")  # the latter by datasets, where it reads a file at first
-    assert [line for line in lines if not line.startswith(bars)] == ["Measuring 4 of 9 leaves on 2 tasks."]
+    assert [line for line in lines if not line.startswith(bars)] == [
+        "The proxy set has no features of its own, so similarity to it is not used.",
+        "Measuring 4 of 9 leaves on 2 tasks.",
+    ]
 
 
 def test_flags_win_over_yaml_and_reach_the_finetunes(disk, tmp_path, counted, capsys):
