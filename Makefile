@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 VENV_VLLM = $(VENV)-vllm
 
-.PHONY: demo test test-launch test-smollm test-vllm lint
+.PHONY: demo test test-launch test-ray test-smollm test-vllm lint
 
 # A selection with a real small model, and a check of it by finetuning.
 demo: $(INSTALLED)
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 # The tests of launches with several processes, and of the recipes, which run as they stand.
 test-launch: $(INSTALLED)
 	$(BIN)/python -m pytest -m launch
+
+# The tests that start a Ray cluster of several nodes on this machine.
+test-ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m ray
 
 # The tests that finetune SmolLM2-135M.
 test-smollm: $(INSTALLED)
@@ -33,7 +37,7 @@ lint: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[cpu,demo,dev,report]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[cpu,demo,dev,ray,report]"
 	touch $(INSTALLED)
 
 # vLLM imports torchvision and its kin where they are, and those that pip finds do not load beside a CPU build of torch.

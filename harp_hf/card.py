@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path, PureWindowsPath
@@ -16,6 +17,7 @@ import yaml
 from .envelopes import predict_interval
 from .rundir import RunDir
 from .sources import Z90
+from .texts import is_secret, printable, without_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- harp-hf: begin -->", "<!-- harp-hf: end -->"
 TAGS = ("harp-hf", "data-selection", "arxiv:2606.07690")
-_SECRET = re.compile(r"(^|_)(api_key|secret|password)$|^(hub_|hf_|push_to_hub_|auth_|access_)?token$")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _NEEDED = ("eval_dataset_name", "model_name_or_path")
 _LONGEST = 600
 _SOURCES = 50
@@ -39,23 +39,21 @@ def escape(value: Any) -> str:
     def entity(found: re.Match[str]) -> str:
         return "<br>" if found[0] == "\n" else f"&#{ord(found[0])};"
 
-    text = _TOKEN.sub("(a token)", re.sub(r"\r\n?", "\n", str(value)))
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.replace("\t", " "))
-    return _MARKUP.sub(entity, text)
+    text = re.sub(r"\r\n?", "\n", without_tokens(str(value)))
+    return _MARKUP.sub(entity, "\n".join(map(printable, text.split("\n"))))
 
 
 def read_run(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and manifest of a run directory; empty where there are none.
 
     Raises:
-        RunDirError: The manifest is damaged.
+        RunDirError: One of them is damaged.
     """
     if path is None:
         return {}, {}
     run = RunDir(path)
-    written = run.file("config.yaml")
-    config = yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else {}
-    return config or {}, run.read_json("manifest.json") if run.file("manifest.json").exists() else {}
+    manifest = run.read_json("manifest.json") if run.file("manifest.json").exists() else {}
+    return run.read_yaml("config.yaml"), manifest
 
 
 def figures(path: Path | None) -> list[Path]:
@@ -88,15 +86,15 @@ def recipe(result: HarpResult, config: dict[str, Any]) -> dict[str, Any]:
 def public(value: Any) -> Any:
     """Settings or texts without tokens and without this machine's folders."""
     if isinstance(value, dict):
-        return {k: public(v) for k, v in value.items() if not _SECRET.search(str(k))}
+        return {k: public(v) for k, v in value.items() if not (isinstance(v, str) and is_secret(str(k)))}
     if isinstance(value, list):
         return [public(v) for v in value]
     if not isinstance(value, str):
         return value
     alone = "\n" not in value
-    if alone and (Path(value).expanduser().is_absolute() or PureWindowsPath(value).is_absolute()):
+    if alone and (os.path.isabs(os.path.expanduser(value)) or PureWindowsPath(value).is_absolute()):
         value = PureWindowsPath(value).name or value
-    return _TOKEN.sub("(a token)", value)
+    return without_tokens(value)
 
 
 def dump(settings: dict[str, Any]) -> str:
@@ -142,7 +140,7 @@ def describe(
         measured_here=int(np.isin(leaves, result.measurements.leaves).sum()),
         source=_named(pool, "datasets/") if pool else named, licence=licence,
         model=_named(model, "") if model else "a language model",
-        model_argument=shlex.quote(hub_name(model) or public(model) or "MODEL"),
+        model_argument=shlex.quote(hub_name(model) or printable(public(model)) or "MODEL"),
         variant=result.choice.variant.upper(), budget=result.choice.budget, weights=result.choice.task_weights,
         tasks=_scores(result, leaves), sample=_sample(rows), notes=result.posterior.notes,
         sources=_by_source(result), most_sources=_SOURCES,

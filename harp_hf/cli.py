@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -27,6 +33,7 @@ logger = logging.getLogger(__name__)
 _COMMANDS = {
     "select": "measure a pool and write the selection",
     "measure": "measure a pool; select later with cut",
+    "status": "say how far a run is, while it goes on or after it stopped",
     "cut": "select again from a finished run directory, in seconds",
     "report": "write an HTML report and figures of a finished run directory",
     "push": "push the selection of a finished run directory to the Hub, with a card",
@@ -34,29 +41,60 @@ _COMMANDS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """Somebody asked the process to end (SIGTERM)."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command `harp-hf`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in _COMMANDS:
         _usage(asked=bool(argv) and argv[0] in ("-h", "--help"), given=argv[:1])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # whatever the names of tasks, and whatever the terminal can show
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("harp_hf").setLevel(logging.INFO)
     try:
-        if argv[0] in ("select", "measure"):
-            _measure(argv[0], argv[1:])
-        else:
-            {"cut": _cut, "report": _report, "push": _push, "verify": _verify}[argv[0]](argv[1:])
+        with _terminable():
+            if argv[0] in ("select", "measure"):
+                _measure(argv[0], argv[1:])
+            else:
+                work = {"status": _status, "cut": _cut, "report": _report, "push": _push, "verify": _verify}
+                work[argv[0]](argv[1:])
     except HarpError as error:
         _stop(argv[0], str(error))
-    except KeyboardInterrupt:
-        _stop(argv[0], "interrupted; the same command continues where this one stopped.")
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        how = ", ".join([f"stopped by {number.name}", *stop.args])
+        _stop(argv[0], f"{how}; the same command continues where this one stopped.", code=128 + number)
 
 
-def _stop(command: str, message: str) -> NoReturn:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that nothing half-done is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(command: str, message: str, code: int = 1) -> NoReturn:
     # Under `accelerate launch` the main process says it first, and its end is the end of the others.
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(10)
-    sys.exit(f"harp-hf {command}: {message}")
+    if code == 1:
+        sys.exit(f"harp-hf {command}: {message}")
+    print(f"harp-hf {command}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _usage(asked: bool, given: list[str]) -> None:
@@ -92,6 +130,8 @@ def _measure(command: str, argv: list[str]) -> None:
     # A leaf finetune is a LoRA, and its dtype follows bf16 unless asked for.
     parser.set_defaults(use_peft=True, dtype=None)
     script, args, model = _parse(parser, argv)
+    if args.log_level != "passive":
+        logging.getLogger("harp_hf").setLevel(args.log_level.upper())
     if script.datasets and script.dataset_name:
         logger.warning("Both `datasets` and `dataset_name` are given: the pool is the mixture of `datasets`.")
         script.dataset_name = None
@@ -140,9 +180,15 @@ def _run(script: Any, args: HarpConfig, model: ModelConfig) -> HarpResult:
     from .processes import from_main
     from .rundir import RunDir
     from .selection import measure
+    from .status import read_status
 
     asked = describe_call(args, model, script)
-    result = measure(*_inputs(script, args, model))
+    try:
+        result = measure(*_inputs(script, args, model))
+    except KeyboardInterrupt as stop:
+        with suppress(HarpError):
+            stop.args = (read_status(args.output_dir or "harp_output").progress,)
+        raise
     from_main(lambda: RunDir(args.output_dir or "harp_output").write_yaml("config.yaml", asked))
     return result
 
@@ -181,6 +227,18 @@ def _select_with(script: Any, args: HarpConfig, model: ModelConfig) -> str:
     result = _run(script, args, model) if name in MEASURED else None
     rows, cost = choose(name, *_inputs(script, args, model), result=result)
     return f"{cost}\nSelection written to {_write(rows, args.output_dir or 'harp_output', name)}."
+
+
+def _status(argv: list[str]) -> None:
+    from .status import read_status
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message[:1].upper()}{message[1:]}.")
+
+    parser = Parser(prog="harp-hf status", description=f"{_COMMANDS['status'].capitalize()}.")
+    parser.add_argument("run", metavar="RUN", help="The run directory.")
+    print(read_status(parser.parse_args(argv).run).summary())
 
 
 def _cut(argv: list[str]) -> None:

@@ -11,11 +11,12 @@ from trl import SFTConfig
 
 from .envelopes import BUDGET_BY, VARIANTS, BudgetBy, Variant
 from .errors import ConfigError
-from .evaluation.scoring import METRICS
+from .evaluation.scoring import AUTO, METRICS
 from .priors import Prior
 
 PRIORS = get_args(Prior)
 BACKENDS = ("auto", "transformers", "vllm")
+EXECUTORS = ("local", "ray")
 
 
 def bf16_is_fast() -> bool:
@@ -43,7 +44,8 @@ class HarpConfig(SFTConfig):
 
         features (`str`, *optional*, defaults to `"sentence-transformers/all-MiniLM-L6-v2"`):
             What the rows are compared by: id or path of a sentence-transformers model, name of a pool column that
-            holds vectors, or `"tfidf"` (TF-IDF and truncated SVD; needs no model).
+            holds vectors, or `"tfidf"` (TF-IDF and truncated SVD; needs no model). A model that brings code of its own
+            is loaded by you and passed as `features` of [`measure`]: `trust_remote_code` is not for it.
         leaf_size (`int`, *optional*, defaults to `128`):
             Rows a leaf aims at; every leaf holds between `leaf_size / 2` and `2 * leaf_size` rows.
         branching (`int`, *optional*, defaults to `5`):
@@ -57,8 +59,10 @@ class HarpConfig(SFTConfig):
             Finetunes of every measured leaf, with different seeds. More than one lets run-to-run variance be
             estimated.
         metric (`str`, *optional*, defaults to `"auto"`):
-            How an answer is scored: `"exact_match"`, `"choice"`, `"numeric"`, `"contains"`, `"likelihood"`, or
-            `"auto"`: `"choice"` for tasks whose rows have choices, `"exact_match"` for the others.
+            How an answer is scored: `"exact_match"`, `"choice"`, `"numeric"`, `"contains"`, `"likelihood"`,
+            `"choice_likelihood"` (the share of the right answer in the likelihoods of the choices), or `"auto"`:
+            `"choice"` for tasks whose rows have choices, `"exact_match"` for the others. `"auto_likelihood"` is its
+            smooth and less noisy counterpart: `"choice_likelihood"` and `"likelihood"`.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest answer generated for the metrics that generate (`"numeric"`, `"contains"`, callables).
         backend (`str`, *optional*, defaults to `"auto"`):
@@ -69,6 +73,24 @@ class HarpConfig(SFTConfig):
         vllm_max_loras (`int`, *optional*, defaults to `8`):
             Adapters that vLLM evaluates at once: that many leaves are finetuned, then scored together. An
             interruption loses at most that many finetunes.
+        measurement_timeout (`float`, *optional*):
+            Seconds after which the finetune of one leaf, or one evaluation, is given up and the leaf recorded as
+            failed. By default there is no limit. A single call of C code, such as one kernel or one wait for a
+            driver, runs to its end first. For finetunes that several processes share, set `ddp_timeout` instead.
+        executor (`str`, *optional*, defaults to `"local"`):
+            Where leaves are measured: `"local"` (in this process, or in those of an `accelerate launch`) or `"ray"`
+            (on a Ray cluster, many leaves at a time, each by one worker that keeps the model). The dtype and the
+            backend follow the machine that this runs on, so let it be one like the workers'. Baselines and `verify`
+            always finetune locally.
+        ray_address (`str`, *optional*, defaults to `"local"`):
+            The Ray cluster: `"local"` (one that is started on this machine, and ended afterwards), `"auto"` (the one
+            this machine belongs to) or `"host:port"`. A process that is connected to one already uses that.
+        ray_num_workers (`int`, *optional*):
+            Workers on the cluster. By default as many as it has room for at the start.
+        ray_cores_per_worker (`int`, *optional*, defaults to `1`):
+            CPU cores of each worker, and the threads that it computes with.
+        ray_gpus_per_worker (`float`, *optional*):
+            GPUs of each worker, or the share of one. By default one where the cluster has GPUs and `use_cpu` is off.
         null_scores (`str`, *optional*):
             JSON-lines file with `task` and `score` in every line: the base model's scores, which are then not
             measured. One line a task, or one line a proxy row in the order of the proxy set.
@@ -105,6 +127,7 @@ class HarpConfig(SFTConfig):
     > - `learning_rate`: Defaults to `2e-4`, for LoRA, instead of `2e-5`.
     > - `bf16`: Defaults to `True` only where the hardware multiplies bfloat16.
     > - `gradient_checkpointing`: Defaults to off instead of `True`.
+    > - `log_level`: On the command line it is that of `harp_hf`; trainers get it only where it is `"debug"`.
     > - `save_strategy` defaults to `"no"` and `disable_tqdm` to `True`: a leaf finetune leaves nothing behind but its
     >   scores.
     > - `logging_strategy` defaults to `"no"`, but to `"steps"` where `report_to` names trackers: each then sees every
@@ -149,7 +172,7 @@ class HarpConfig(SFTConfig):
     metric: str = field(
         default="auto",
         metadata={"help": "How answers are scored; 'auto' is choice where a task has choices, else exact_match.",
-                  "choices": ["auto", *METRICS]},
+                  "choices": [*AUTO, *METRICS]},
     )  # fmt: skip
     max_new_tokens: int = field(
         default=64, metadata={"help": "Longest answer generated for the metrics that generate."}
@@ -163,6 +186,20 @@ class HarpConfig(SFTConfig):
         default=0.3, metadata={"help": "Share of the memory that vLLM takes while it evaluates."}
     )
     vllm_max_loras: int = field(default=8, metadata={"help": "Adapters that vLLM evaluates at once."})
+    measurement_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a leaf's finetune, or an evaluation, is given up."}
+    )
+    executor: str = field(default="local", metadata={"help": "Where leaves are measured.", "choices": list(EXECUTORS)})
+    ray_address: str = field(
+        default="local", metadata={"help": "The Ray cluster: 'local' starts one, 'auto', or host:port."}
+    )
+    ray_num_workers: int | None = field(
+        default=None, metadata={"help": "Workers on the Ray cluster (default: as many as it has room for)."}
+    )
+    ray_cores_per_worker: int = field(default=1, metadata={"help": "CPU cores and threads of each Ray worker."})
+    ray_gpus_per_worker: float | None = field(
+        default=None, metadata={"help": "GPUs of each Ray worker, or a share of one (default: one, if there are any)."}
+    )
     null_scores: str | None = field(
         default=None, metadata={"help": "JSON-lines file with the base model's scores (task and score in each line)."}
     )
@@ -204,13 +241,21 @@ class HarpConfig(SFTConfig):
 
     def _check(self) -> None:
         for name, least in _AT_LEAST.items():
-            check_whole(name, getattr(self, name), least, optional=name == "max_measurements")
+            check_whole(name, getattr(self, name), least, optional=name in ("max_measurements", "ray_num_workers"))
         check_one_of("prior", self.prior, PRIORS)
-        check_one_of("metric", self.metric, ("auto", *METRICS))
+        check_one_of("metric", self.metric, (*AUTO, *METRICS))
         check_one_of("backend", self.backend, BACKENDS)
+        check_one_of("executor", self.executor, EXECUTORS)
+        gpus = self.ray_gpus_per_worker
+        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
+            raise ConfigError(f"`ray_gpus_per_worker` must be a share of 1 or a whole number, but it is {gpus!r}.")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"`vllm_gpu_memory_utilization` must be in (0, 1], but it is {self.vllm_gpu_memory_utilization!r}."
+            )
+        if self.measurement_timeout is not None and not 0 < self.measurement_timeout < float("inf"):
+            raise ConfigError(
+                f"`measurement_timeout` must be a number of seconds above 0, but it is {self.measurement_timeout!r}."
             )
         check_choice(self.variant, self.budget, self.task_weights, self.budget_by)
         if not self.active_tasks:
@@ -220,7 +265,7 @@ class HarpConfig(SFTConfig):
 
 
 _AT_LEAST = {"leaf_size": 2, "branching": 2, "max_measurements": 1, "num_repeats": 1, "max_new_tokens": 1,
-             "vllm_max_loras": 1}  # fmt: skip
+             "vllm_max_loras": 1, "ray_num_workers": 1, "ray_cores_per_worker": 1}  # fmt: skip
 
 
 def check_choice(

@@ -107,7 +107,8 @@ def predict_interval(
 def greedy(phi: np.ndarray, null: np.ndarray, weights: np.ndarray, *, variant: Variant) -> Order:
     """Order all leaves by adding, each time, the one that raises the objective sum_d w_d yhat_d(S) most.
 
-    Ties go to the larger posterior mean (weighted over tasks), then to the smaller id. One step costs O(G x D).
+    Ties go to the larger posterior mean (weighted over tasks), then to the smaller id. One step costs O(G) for each
+    task that some leaf would take to 0 or 1 and another would not; all other tasks are summed beforehand.
 
     Args:
         phi: (G, D) effects of all leaves on the active tasks.
@@ -125,29 +126,48 @@ def greedy(phi: np.ndarray, null: np.ndarray, weights: np.ndarray, *, variant: V
     tie = TIE * weights.sum()
     # By descending mean, then id: the first of several equal leaves is then the one that wins the tie.
     ids = _by_descending_mean(phi @ weights, tie)
-    effects = np.asarray(phi, dtype=np.float64)[ids]
-    summed, best = np.zeros(len(null)), np.zeros(len(null))
+    effects = np.asarray(phi, dtype=np.float64)[ids].T.copy()
+    # The score of a task would be its level and what the leaf adds, clipped.
+    level, best = np.asarray(null, dtype=np.float64), np.zeros((len(null), 1))
     additions = _additions(effects, best, variant)
     objective = float(np.clip(null, 0, 1) @ weights)
     leaves, gains = np.empty(len(phi), np.int64), np.empty(len(phi))
     taken = np.zeros(len(phi), bool)
+    linear: np.ndarray | None = None
+    scored: np.ndarray | None = None
     for step in range(len(phi)):
-        scores = null + summed + additions
-        objectives = np.clip(scores, 0, 1, out=scores) @ weights
-        objectives[taken] = -np.inf
+        if linear is None:
+            lowest, highest = additions.min(axis=1, initial=np.inf), additions.max(axis=1, initial=-np.inf)
+        # Tasks that no leaf takes beyond 0 or 1, those that every leaf takes to 1, and those where leaves differ.
+        inside = (level + lowest >= 0) & (level + highest <= 1)
+        full = ~inside & (level + lowest >= 1)
+        mixed = ~inside & ~full & (level + highest > 0)
+        if linear is None or (inside != linear).any():
+            linear, scored = inside, None
+            summed = np.where(taken, -np.inf, weights[linear] @ additions[linear])
+        if scored is None or (mixed != scored).any():
+            scored, some = mixed, additions[mixed]
+            scores = np.empty_like(some)
+        np.add(some, level[mixed, None], out=scores)
+        np.clip(scores, 0, 1, out=scores)
+        objectives = weights[mixed] @ scores
+        objectives += summed
+        objectives += weights[linear] @ level[linear] + weights[full].sum()
         place = int((objectives >= objectives.max() - tie).argmax())
         leaves[step], gains[step] = ids[place], objectives[place] - objective
         objective = float(objectives[place])
-        taken[place] = True
-        summed = summed + (effects[place] if variant == "harp-e" else np.minimum(effects[place], 0))
-        raised = bool((effects[place] > best).any())
-        best = np.maximum(best, effects[place])
+        taken[place], summed[place] = True, -np.inf
+        added = effects[:, [place]]
+        level = level + (added if variant == "harp-e" else np.minimum(added, 0))[:, 0]
+        raised = (added > best)[:, 0]
+        if variant == "harp-c" and raised.any():
+            best = np.maximum(best, added)
+            additions[raised] = _additions(effects[raised], best[raised], variant)
+            linear = None
         # Taken leaves are dropped in bulk, as every dropping copies all that is left.
-        crowded = 2 * taken.sum() > len(taken)
-        if crowded:
-            ids, effects, taken = ids[~taken], effects[~taken], np.zeros((~taken).sum(), bool)
-        if crowded or (raised and variant == "harp-c"):
-            additions = _additions(effects, best, variant)
+        if 2 * taken.sum() > len(taken):
+            ids, effects, additions = ids[~taken], effects[:, ~taken], additions[:, ~taken]
+            taken, linear = np.zeros(len(ids), bool), None
     cumulative = np.concatenate(([0.0], np.cumsum(gains)))
     return Order(leaves, gains, int((cumulative >= cumulative.max() - tie).argmax()))
 
@@ -242,7 +262,7 @@ def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:
 
 
 def _additions(effects: np.ndarray, best: np.ndarray, variant: Variant) -> np.ndarray:
-    """What each leaf would add to b plus all that is summed; under "harp-c" with the set's `best` positive effects."""
+    """What leaves would add to b plus all that is summed; under "harp-c" with the set's `best` positive effects."""
     return effects if variant == "harp-e" else np.maximum(effects, best) + np.minimum(effects, 0)
 
 

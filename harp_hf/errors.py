@@ -2,9 +2,17 @@
 
 import textwrap
 
+from .texts import sentence
+
 
 class HarpError(ValueError):
-    """Base class of every error that `harp_hf` raises on purpose."""
+    """Base class of every error that `harp_hf` raises on purpose.
+
+    The message may quote what was passed: it becomes one printable line without access tokens.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(sentence(message))
 
 
 class ConfigError(HarpError):

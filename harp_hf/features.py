@@ -19,6 +19,8 @@ from .rundir import RunDir
 
 Decode = Callable[[list[int]], str]
 _TFIDF_DIMENSIONS = 128
+# Rows of an array or a column that are read at once.
+_BLOCK = 1 << 15
 # Two encoders are taken for the same one where they agree on this text.
 _PROBE = "The quick brown fox jumps over the lazy dog."
 
@@ -28,7 +30,10 @@ def describe_features(features: Any) -> str:
     if isinstance(features, str):
         return features
     if isinstance(features, np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest()
+        digest, features = hashlib.sha256(), np.atleast_1d(features)
+        for start in range(0, len(features), _BLOCK):
+            digest.update(features[start : start + _BLOCK].tobytes())
+        return digest.hexdigest()
     probe = np.round(
         np.asarray(_load_embedder(features).encode([_PROBE], batch_size=1, show_progress_bar=False), np.float64), 3
     )
@@ -58,19 +63,19 @@ def load_features(
             loaded.
     """
     path = run.file("features.npy")
-    if not path.exists():
+    if not run.holds("features.npy"):
         texts = question_texts(pool, text_field, decode)
         if isinstance(features, np.ndarray):
             blocks = _array_blocks(features, len(pool))
         elif isinstance(features, str) and features in pool.column_names:
-            blocks = _array_blocks(_column(pool, features), len(pool))
+            blocks = _column_blocks(pool, features)
         elif features == "tfidf":
             blocks = iter([_tfidf(texts, seed)])
         else:
             blocks = _embed(_load_embedder(features), texts, len(pool), batch_size)
         first = next(blocks)
         shape = (len(pool), first.shape[1])
-        run.write("features.npy", lambda handle: _write_blocks(handle, shape, chain([first], blocks)))
+        run.write_matrix("features.npy", lambda handle: _write_blocks(handle, shape, chain([first], blocks)))
     matrix = run.read_matrix("features.npy")
     if len(matrix) != len(pool):
         raise DataError(f"{path} has {len(matrix)} rows, but the pool has {len(pool)}.")
@@ -113,8 +118,7 @@ def load_proxy_features(
         vectors = _tfidf(question_texts(pool, text_field, decode), seed, texts)
     else:
         vectors = np.concatenate(list(_embed(_load_embedder(features), iter(texts), len(texts), batch_size)))
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+    return _unit(vectors).astype(np.float32)
 
 
 def question_texts(pool: Dataset, text_field: str, decode: Decode) -> Iterator[str]:
@@ -142,8 +146,14 @@ def _write_blocks(handle: IO[bytes], shape: tuple[int, int], blocks: Iterator[np
         if len(bad):
             raise DataError(f"Row {done + bad[0]} of the features holds a value that is not finite.")
         done += len(block)
-        norms = np.linalg.norm(block, axis=1, keepdims=True)
-        handle.write((block / np.where(norms > 0, norms, 1)).astype("<f4").tobytes())
+        handle.write(_unit(block).astype("<f4").tobytes())
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, or 0; first scaled by a power of two, as the squares of very large or small numbers are lost."""
+    vectors = np.ldexp(vectors, -np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1])
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)
 
 
 def pool_texts(pool: Dataset, text_field: str, decode: Decode) -> Iterator[str]:
@@ -153,20 +163,27 @@ def pool_texts(pool: Dataset, text_field: str, decode: Decode) -> Iterator[str]:
             yield "\n".join(part for part in row_parts(row, text_field, decode) if part)
 
 
-def _array_blocks(array: np.ndarray, n: int, block: int = 65536) -> Iterator[np.ndarray]:
+def _array_blocks(array: np.ndarray, n: int) -> Iterator[np.ndarray]:
     if array.ndim != 2 or len(array) != n or array.shape[1] < 1:
         raise DataError(f"The features have shape {array.shape}, but ({n}, d) is needed for a pool of {n} rows.")
     if not np.issubdtype(array.dtype, np.number):
         raise DataError(f"The features must be numbers, but they are {array.dtype}.")
-    for start in range(0, n, block):
-        yield np.asarray(array[start : start + block], np.float32)
+    for start in range(0, n, _BLOCK):
+        yield np.asarray(array[start : start + _BLOCK], np.float32)
 
 
-def _column(pool: Dataset, name: str) -> np.ndarray:
-    try:
-        return np.asarray(pool.with_format("numpy", columns=[name])[name][:], np.float32)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"The column {name!r} does not hold one vector of the same length in each row.") from error
+def _column_blocks(pool: Dataset, name: str) -> Iterator[np.ndarray]:
+    column = pool.with_format("numpy", columns=[name])
+    widths = set()
+    for start in range(0, len(pool), _BLOCK):
+        try:
+            block = np.asarray(column[start : start + _BLOCK][name], np.float32)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"The column {name!r} does not hold one vector of the same length in each row.") from error
+        widths.add(block.shape[1:])
+        if len(widths) > 1:
+            raise DataError(f"The column {name!r} does not hold one vector of the same length in each row.")
+        yield from _array_blocks(block, len(block))
 
 
 def _tfidf(texts: Iterator[str], seed: int, others: list[str] | None = None) -> np.ndarray:
@@ -186,7 +203,8 @@ def _tfidf(texts: Iterator[str], seed: int, others: list[str] | None = None) -> 
     wanted = matrix if others is None else words.transform(others)
     if dimensions < 2:
         return wanted.toarray()
-    with np.errstate(invalid="ignore"):  # the variances it computes beside are 0 / 0 where all rows are equal
+    # The variances that it computes beside are divided by 0 where all rows are equal.
+    with np.errstate(invalid="ignore", divide="ignore"):
         reduced = TruncatedSVD(dimensions, random_state=seed)
         vectors = reduced.fit_transform(matrix)
     return vectors if others is None else reduced.transform(wanted)

@@ -15,6 +15,8 @@ from .sources import Z90
 
 # With more leaves than ALL_LEAVES, the first and last ENDS of them are shown.
 ALL_LEAVES, ENDS = 28, 12
+# Of more tasks than this, those where most happens are shown.
+ALL_TASKS = 60
 
 
 def leaf_effects(number: int, task: str, mean: np.ndarray, sd: np.ndarray, measured: np.ndarray) -> Figure:
@@ -91,7 +93,9 @@ def effects_matrix(
 ) -> Figure:
     """φ of many tasks, (G, D) each, on the leaves that are highest and lowest in `rank_by` (G,)."""
     shown, left_out = _ends(np.argsort(-rank_by, kind="stable"))
-    values, sure = mean[shown], np.abs(mean[shown]) > Z90 * sd[shown]
+    kept = _most(np.abs(mean).max(axis=0))
+    values = mean[np.ix_(shown, kept)]
+    sure = np.abs(values) > Z90 * sd[np.ix_(shown, kept)]
     limit = max(float(np.abs(values).max()), 1e-3)
 
     def paint(canvas: Canvas) -> None:
@@ -103,10 +107,10 @@ def effects_matrix(
                              edgecolors=colour, facecolors=colour if certain else "none")  # fmt: skip
         if left_out:
             axes.axvline(ENDS - 0.5, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(tasks)), [short(task) for task in tasks], fontsize=7)
+        axes.set_yticks(range(len(kept)), [short(tasks[d]) for d in kept], fontsize=7)
         labels = [f"{leaf}{'●' if measured[leaf] else ''}" for leaf in shown]
         axes.set_xticks(range(len(shown)), labels, fontsize=6, rotation=90)
-        axes.set(ylim=(len(tasks) - 0.4, -0.6), xlim=(-0.7, len(shown) - 0.3), xlabel="leaf (● measured)")
+        axes.set(ylim=(len(kept) - 0.4, -0.6), xlim=(-0.7, len(shown) - 0.3), xlabel="leaf (● measured)")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
 
@@ -117,12 +121,12 @@ def effects_matrix(
     outside = np.abs(mean) > Z90 * sd
     return draw(
         "effects",
-        f"{which}, by task. Triangles up help and triangles down harm; the larger, the larger φ (the largest is "
-        f"{limit:.3f}); filled where the 90 % interval leaves out 0.",
+        f"{which}, by {_which(kept, tasks, 'largest φ')}. Triangles up help and triangles down harm; the larger, the "
+        f"larger φ (the largest is {limit:.3f}); filled where the 90 % interval leaves out 0.",
         f"φ of {len(shown)} of {len(mean)} leaves on {len(tasks)} tasks. Of all {mean.size} effects "
         f"{int((outside & (mean > 0)).sum())} have a 90 % interval above 0 and {int((outside & (mean < 0)).sum())} "
         f"one below 0. The largest effects: {'; '.join(told)}.",
-        1.0 + 0.17 * len(tasks), paint,
+        1.0 + 0.17 * len(kept), paint,
     )  # fmt: skip
 
 
@@ -163,30 +167,37 @@ def greedy_curve(variant: str, gains: np.ndarray, sizes: np.ndarray, best_prefix
 
 def predicted_scores(tasks: list[str], null: np.ndarray, predicted: Mapping[Variant, np.ndarray]) -> Figure:
     """Null scores (D,) and what each envelope predicts."""
-    places = np.arange(len(tasks))
+    every = np.stack([null, *predicted.values()])
+    kept = _most(np.ptp(every, axis=0))
+    places = np.arange(len(kept))
     marks: dict[Variant, tuple[str, str]] = {"harp-c": ("s", PLAIN), "harp-e": ("^", HELPS)}
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        every = np.stack([null, *predicted.values()])
-        axes.hlines(places, every.min(axis=0), every.max(axis=0), color=INK, alpha=0.4, linewidth=0.8)
-        axes.plot(null, places, marker="o", markerfacecolor="none", color=INK, linestyle="none", label="null score")
+        axes.hlines(places, every.min(axis=0)[kept], every.max(axis=0)[kept], color=INK, alpha=0.4, linewidth=0.8)
+        axes.plot(
+            null[kept], places, marker="o", markerfacecolor="none", color=INK, linestyle="none", label="null score"
+        )
         for variant, scores in predicted.items():
             marker, colour = marks[variant]
-            axes.plot(scores, places, marker=marker, color=colour, linestyle="none", label=variant.upper(), alpha=0.9)
-        axes.set_yticks(places, [short(task) for task in tasks], fontsize=7.5)
-        axes.set(ylim=(len(tasks) - 0.4, -0.6), xlim=(-0.03, 1.03), xlabel="score")
+            axes.plot(
+                scores[kept], places, marker=marker, color=colour, linestyle="none", label=variant.upper(), alpha=0.9
+            )
+        axes.set_yticks(places, [short(tasks[d]) for d in kept], fontsize=7.5)
+        axes.set(ylim=(len(kept) - 0.4, -0.6), xlim=(-0.03, 1.03), xlabel="score")
         axes.tick_params(axis="y", length=0)
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, handletextpad=0.2, columnspacing=1)
         axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.5)
 
     told = [
-        f"{task} {null[d]:.3f}, " + ", ".join(f"{v.upper()} {scores[d]:.3f}" for v, scores in predicted.items())
-        for d, task in enumerate(tasks)
+        f"{tasks[d]} {null[d]:.3f}, " + ", ".join(f"{v.upper()} {scores[d]:.3f}" for v, scores in predicted.items())
+        for d in kept
     ]
     return draw(
-        "scores", "Score of the base model and what each envelope predicts after finetuning on its selection.",
-        f"Null and predicted scores by task: {'; '.join(told)}.", 0.95 + 0.2 * len(tasks), paint,
+        "scores",
+        "Score of the base model and what each envelope predicts after finetuning on its selection, by "
+        f"{_which(kept, tasks, 'largest change')}.",
+        f"Null and predicted scores by task: {'; '.join(told)}.", 0.95 + 0.2 * len(kept), paint,
     )  # fmt: skip
 
 
@@ -212,6 +223,15 @@ def smoothness_curve(found: Smoothness) -> Figure:
         "distance of the leaves; the dashed line is what noise of measuring alone would make.",
         f"Difference of measured effects: {'; '.join(told)}.", 2.7, paint,
     )  # fmt: skip
+
+
+def _most(change: np.ndarray) -> np.ndarray:
+    """The tasks that are shown, in their order: where there are many, those with the largest change (D,)."""
+    return np.sort(np.argsort(-change, kind="stable")[:ALL_TASKS])
+
+
+def _which(kept: np.ndarray, tasks: Sequence[str], reason: str) -> str:
+    return "task" if len(kept) == len(tasks) else f"task, for the {len(kept)} of {len(tasks)} tasks with the {reason}"
 
 
 def _ends(order: np.ndarray) -> tuple[np.ndarray, int]:

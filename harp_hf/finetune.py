@@ -27,6 +27,8 @@ from trl import SFTTrainer
 
 from .config import HarpConfig
 from .errors import ConfigError, DataError, FinetuneError, reason
+from .faults import contained, unchanged
+from .pool import training_columns
 from .processes import mean
 from .quiet import quiet
 from .tracking import own_run, run_name
@@ -199,15 +201,16 @@ class LeafFinetuner:
         self._row = np.asarray(self.tokenised.with_format("numpy")["harp_row"][:], np.int64)
 
     def _tokenise(self, pool: Dataset) -> Dataset:
-        numbered = pool.add_column("harp_row", np.arange(len(pool)))
+        read = pool.with_format(None).select_columns(training_columns(pool, self.args.dataset_text_field))
+        numbered = read.add_column("harp_row", np.arange(len(pool)))
         args = self._leaf_args(self.args.seed)
-        args.packing, args.report_to = False, []
+        args.packing, args.padding_free, args.max_length, args.report_to = False, False, self.args.max_length, []
         try:
             with quiet(), self._restored():
                 trainer = SFTTrainer(
                     model=self.model, args=args, train_dataset=numbered, processing_class=self.processing_class
                 )
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except Exception as error:  # TRL, datasets, tokenizers and chat templates each raise their own
             raise DataError(f"TRL cannot tokenise the pool: {reason(error)}.") from error
         tokenised = trainer.train_dataset
         if len(tokenised) == 0:
@@ -225,8 +228,12 @@ class LeafFinetuner:
 
         Raises:
             FinetuneError: On all processes alike: all rows were lost to truncation, or the loss is not a finite
-                number.
+                number. In a run of one process also: the memory or `args.measurement_timeout` ran out.
         """
+        with contained(self.args.measurement_timeout, alone=self.args.world_size == 1):
+            return self._finetune(rows, seed, adapter)
+
+    def _finetune(self, rows: np.ndarray, seed: int, adapter: Path) -> Finetune:
         args = self._leaf_args(seed)
         args.run_name = run_name(args, adapter.name)
         kept = np.flatnonzero(np.isin(self._row, rows))
@@ -266,7 +273,11 @@ class LeafFinetuner:
         args.push_to_hub = False
         args.model_init_kwargs = _model_kwargs(self.args) if isinstance(self.model, str) else None
         args.logging_nan_inf_filter = False
+        # Ours says how much harp_hf tells; a trainer would tell as much of every leaf.
+        args.log_level = "debug" if args.log_level == "debug" else "passive"
         args.include_num_input_tokens_seen = "non_padding"
+        if args.padding_free:  # the pool is truncated already, and no token of a batch is padding
+            args.max_length, args.include_num_input_tokens_seen = None, "all"
         return args
 
     @contextmanager
@@ -277,7 +288,8 @@ class LeafFinetuner:
             return
         before = self.model.__dict__.get("forward")
         try:
-            yield
+            with unchanged(self.model):
+                yield
         finally:
             self.model.__dict__.pop("forward", None)
             if before is not None:

@@ -13,11 +13,13 @@ import numpy as np
 from . import __version__
 from .config import HarpConfig
 from .evaluation.backends import choose_backend
+from .texts import is_secret, without_tokens
 
 # Settings that change neither a finetune nor a score; all other fields of HarpConfig do.
 _INDIFFERENT = {
     "output_dir", "max_measurements", "num_repeats", "variant", "budget", "budget_by", "task_weights", "active_tasks",
     "prior", "similarity", "source_column", "backend", "vllm_gpu_memory_utilization", "vllm_max_loras",
+    "measurement_timeout", "executor", "ray_address", "ray_num_workers", "ray_cores_per_worker", "ray_gpus_per_worker",
     "features", "metric", "null_scores", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
     "logging_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
     "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
@@ -61,9 +63,9 @@ def describe_call(args: HarpConfig, *others: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items() if not (isinstance(v, str) and is_secret(str(k)))}
     if isinstance(value, list | tuple | set):
         return [_plain(v) for v in value]
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default}
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+    return value if isinstance(value, int | float | bool | type(None)) else without_tokens(str(value))

@@ -9,7 +9,7 @@ import numpy as np
 
 from .effects import measured_effects
 from .errors import HarpError
-from .execution.local import measurement_file
+from .execution.record import measurement_file
 from .rundir import RunDir
 
 

@@ -56,8 +56,9 @@ def read_null_scores(source: Any, proxy: ProxySet) -> np.ndarray:
 def _read_lines(path: Path) -> dict[str, list[Any]]:
     by_task: dict[str, list[Any]] = defaultdict(list)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Not `splitlines`, for which a task may hold the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise DataError(f"The null scores {path} cannot be read: {reason(error)}.") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -65,7 +66,7 @@ def _read_lines(path: Path) -> dict[str, list[Any]]:
         try:
             row = json.loads(line)
             by_task[str(row["task"])].append(row["score"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"Line {number} of {path} is not a JSON object with `task` and `score`.") from error
     return by_task
 

@@ -16,6 +16,7 @@ from .errors import DataError, reason
 
 RESULT_COLUMNS = ("phi", "harp_leaf", "harp_parent", "harp_rank", "harp_measured", "harp_row")
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_MESSAGES = ("prompt", "completion", "messages", "conversations")
 _BATCH = 1000
 
 
@@ -84,7 +85,10 @@ def _read(source: str | Path, what: str, name: str | None) -> Dataset | DatasetD
 
 
 def check_pool(pool: Dataset, text_field: str = "text") -> None:
-    """Raise [`DataError`] unless `pool` has the columns of one of TRL's formats and none of the result columns."""
+    """Raise [`DataError`] unless `pool` has the columns of one of TRL's formats and none of the result columns.
+
+    Also where it has a transform, which neither features nor finetunes would see.
+    """
     columns = set(pool.column_names)
     if not ({"prompt", "completion"} <= columns or columns & {"messages", "conversations", text_field, "input_ids"}):
         raise DataError(
@@ -97,6 +101,23 @@ def check_pool(pool: Dataset, text_field: str = "text") -> None:
             f"The pool already has the column {clash[0]!r}, which the selection would overwrite; "
             "rename or remove it (it may come from an earlier selection)."
         )
+    if nul := [name for name in pool.column_names if "\0" in name]:
+        raise DataError(f"The pool's column {nul[0]!r} has a NUL character, and cannot be copied: rename it.")
+    if pool.format["type"] == "custom":
+        raise DataError("The pool has a transform, which changes rows only when they are looked at: use `map`.")
+
+
+def training_columns(pool: Dataset, text_field: str) -> list[str]:
+    """The columns that a finetune reads: those of the format of [`row_parts`], unless rows come tokenised.
+
+    To TRL a column such as `labels` or `text` beside them would say how to train, whatever it holds.
+    """
+    names = pool.column_names
+    if "input_ids" in names:
+        return names
+    formats = [("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
+    read = next(wanted for wanted in formats if set(wanted) <= set(names))
+    return [name for name in names if name in (*read, "tools", "chat_template_kwargs", "image", "images")]
 
 
 def row_parts(row: dict[str, Any], text_field: str, decode: Callable[[list[int]], str]) -> tuple[str, str]:
@@ -120,6 +141,12 @@ def content(value: Any) -> str:
     return "\n".join(_message_text(message) for message in value)
 
 
+def lacks_role(value: Any) -> bool:
+    """Whether a value is a list of messages of which one does not say whose it is."""
+    messages = value if isinstance(value, list) else []
+    return any(isinstance(message, dict) and not (message.get("role") or message.get("from")) for message in messages)
+
+
 def _message_text(message: dict[str, Any]) -> str:
     text = message.get("content", message.get("value"))
     if isinstance(text, list):  # multimodal style: a list of typed blocks
@@ -133,12 +160,18 @@ def batches(pool: Dataset) -> Iterator[list[dict[str, Any]]]:
     """Rows of the pool as plain dicts, some at a time, so that a large pool never becomes a Python list."""
     arrow = pool.with_format("arrow")
     for start in range(0, len(pool), _BATCH):
-        yield arrow[start : start + _BATCH].to_pylist()
+        try:
+            rows = arrow[start : start + _BATCH].to_pylist()
+        except UnicodeDecodeError as error:
+            last = min(start + _BATCH, len(pool)) - 1
+            raise DataError(f"One of the rows {start} to {last} of the pool holds text that is not UTF-8.") from error
+        yield rows
 
 
 def row_key(prompt: str, answer: str) -> bytes:
     """Digest of the words of a row, whatever the white space between them and the format they stand in."""
-    return hashlib.blake2b(" ".join(f"{prompt} {answer}".split()).encode(), digest_size=16).digest()
+    words = " ".join(f"{prompt} {answer}".split())
+    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def content_digest(pool: Dataset) -> str:
@@ -160,7 +193,8 @@ def read_contents(
     """One pass over the pool: hash every row, refuse rows without text, and find the `wanted` row keys.
 
     Raises:
-        DataError: A row has nothing to learn from (an empty or missing text), with its number.
+        DataError: A row has nothing to learn from (an empty or missing text), no prompt, or a message without a role,
+            with its number; or text that is not UTF-8.
     """
     digest = hashlib.sha256(json.dumps(pool.column_names).encode())
     found: set[bytes] = set()
@@ -174,6 +208,10 @@ def read_contents(
                 empty = True
             if empty:
                 raise DataError(f"Row {number * _BATCH + offset} of the pool has no text to learn from.")
+            if "completion" in row and row.get("prompt", "") is None:
+                raise DataError(f"Row {number * _BATCH + offset} of the pool has no prompt: an empty one is a string.")
+            if any(lacks_role(row.get(column)) for column in _MESSAGES):
+                raise DataError(f"Row {number * _BATCH + offset} of the pool has a message without a role.")
             key = row_key(prompt, answer)
             if key in wanted:
                 found.add(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from .errors import DataError, reason
-from .pool import content, load_rows, row_key
+from .pool import content, lacks_role, load_rows, row_key
 
 Prompt = str | list[dict[str, Any]]
 
@@ -46,6 +47,13 @@ class ProxySet:
         rows = [self.prompts, self.answers, self.choices, self.tasks, self.task.tolist()]
         return hashlib.sha256(json.dumps(rows, default=str).encode("utf-8", "surrogatepass")).hexdigest()
 
+    def take(self, rows: np.ndarray) -> ProxySet:
+        """Only some of the rows, with all tasks."""
+        some = rows.tolist()
+        columns = {name: [values[i] for i in some] for name, values in self.columns.items()}
+        prompts, answers, choices = ([of[i] for i in some] for of in (self.prompts, self.answers, self.choices))
+        return ProxySet(prompts, answers, choices, self.tasks, self.task[rows], columns)
+
     def row_keys(self) -> list[set[bytes]]:
         """For each row, the digests under which it would stand word for word in the pool."""
         return [
@@ -63,13 +71,16 @@ def load_proxy(source: Any, *, name: str | None = None, split: str = "test") -> 
             a `DatasetDict` (or a dict of datasets) without `task` columns, each key of which is one task.
 
     Raises:
-        DataError: A column is missing, or a row has no prompt, no answer, or an answer that is not among its choices.
+        DataError: A column is missing, or a row has no prompt, no answer, no task, or an answer that is not among its
+            choices; or a text or the name of a task cannot be written.
     """
     if source is None:
         raise DataError("A proxy set is needed: pass held-out rows of the target tasks as `eval_dataset`.")
     if isinstance(source, dict) and (len(source) > 1 or split not in source):
         if not source:
             raise DataError("The proxy set has no tasks.")
+        for task in source:
+            _check_name(str(task))
         named = {task: load_rows(rows, what=f"proxy set of task {task!r}") for task, rows in source.items()}
         if all("task" not in rows.column_names for rows in named.values()):
             return _parse(_join(named))
@@ -87,7 +98,10 @@ def _join(named: dict[str, Dataset]) -> Dataset:
 
 
 def _parse(rows: Dataset) -> ProxySet:
-    columns = rows.with_format(None)[:]
+    try:
+        columns = rows.with_format(None)[:]
+    except UnicodeDecodeError as error:
+        raise DataError("The proxy set holds text that is not UTF-8.") from error
     if "prompt" not in columns or not columns.keys() & {"answer", "completion"}:
         raise DataError(
             f"The proxy set has the columns {', '.join(columns)}, but it needs `prompt` and `answer` or `completion`."
@@ -95,7 +109,10 @@ def _parse(rows: Dataset) -> ProxySet:
     exact = "answer" not in columns
     answers = [_answers(value) for value in columns["completion" if exact else "answer"]]
     choices = [value or [] for value in columns.get("choices", [None] * len(rows))]
-    names = [str(value) for value in columns.get("task", ["task"] * len(rows))]
+    named = columns.get("task", ["task"] * len(rows))
+    if None in named:
+        raise DataError(f"Row {named.index(None)} of the proxy set has no task.")
+    names = [str(value) for value in named]
     for i, prompt in enumerate(columns["prompt"]):
         _check(f"Row {i} of the proxy set (task {names[i]!r})", prompt, answers[i], choices[i])
     for i, prompt in enumerate(columns["prompt"]):
@@ -103,16 +120,34 @@ def _parse(rows: Dataset) -> ProxySet:
             answers[i] = [_continuation(prompt, a) for a in answers[i]]
             choices[i] = [_continuation(prompt, c) for c in choices[i]]
     tasks = list(dict.fromkeys(names))
+    for task in tasks:
+        _check_name(task)
     index = {task: d for d, task in enumerate(tasks)}
     return ProxySet(columns["prompt"], answers, choices, tasks, np.array([index[n] for n in names]), columns)
+
+
+def _check_name(task: str) -> None:
+    """Raise [`DataError`] where the result could not have columns with the task's name."""
+    try:
+        written = task.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"The task {task!r} is not text that can be written as UTF-8.") from error
+    if b"\0" in written:
+        raise DataError(f"The task {task!r} has a NUL character, which no name of a column can hold.")
 
 
 def _check(where: str, prompt: Any, answers: list[Any], choices: Any) -> None:
     messages = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
     if not isinstance(prompt, str | None) and not messages:
         raise DataError(f"{where} has the prompt {prompt!r}, which is neither a string nor a list of messages.")
-    if not content(prompt).strip():
+    try:
+        empty = not content(prompt).strip()
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{where} has a message whose content is not text.") from error
+    if empty:
         raise DataError(f"{where} has an empty prompt.")
+    if lacks_role(prompt):
+        raise DataError(f"{where} has a message without a role.")
     for answer in answers:
         if not isinstance(answer, str | None):
             raise DataError(f"{where} has the answer {answer!r}, which is not a string.")
@@ -129,7 +164,8 @@ def _answers(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [content(value)]
+        with suppress(TypeError, AttributeError):  # else it is no text, and refused as such
+            return [content(value)]
     return list(value) if isinstance(value, list) else [value]
 
 

@@ -14,6 +14,7 @@ from .pool import row_parts
 from .rundir import RunDir
 from .smoothness import smoothness
 from .sources import Z90
+from .texts import without_tokens
 
 if TYPE_CHECKING:
     from .drawing import Figure
@@ -25,6 +26,7 @@ ROWS_SHOWN = 3
 LETTERS_SHOWN = 420
 # Longer tables show as many lines as this.
 LEAVES_LISTED, SOURCES_LISTED = 200, 100
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _STAGES = ("features", "hierarchy", "training", "evaluation")
 
 
@@ -62,8 +64,7 @@ def write_report(result: HarpResult, path: str | Path) -> Path:
         # A card has no room for a figure of every task.
         for figure in group if section not in ("effects", "sources") or len(group) == 1 else []:
             _write(run, f"result/{figure.name}.png", figure.png)
-    # A row may hold half a surrogate pair or a control sign, which no page can.
-    return _write(run, "result/report.html", _clean(page).encode("utf-8", "replace"))
+    return _write(run, "result/report.html", _clean(without_tokens(page)).encode("utf-8", "replace"))
 
 
 def draw_figures(result: HarpResult) -> dict[str, list[Figure]]:
@@ -243,9 +244,14 @@ def _examples(result: HarpResult) -> list[dict[str, Any]]:
     return [
         {"name": " and ".join(called), "leaf": leaf, "size": int(hierarchy.sizes[leaf]),
          "measured": bool(np.isin(leaf, result.measurements.leaves)), "phi": mean[leaf], "sd": sd[leaf],
-         "rows": [{"row": int(row), **_readable(result.pool[int(row)])} for row in hierarchy.rows(leaf)[:ROWS_SHOWN]]}
+         "rows": [{"row": int(row), **_readable(_row(result, row))} for row in hierarchy.rows(leaf)[:ROWS_SHOWN]]}
         for leaf, called in names.items()
     ]  # fmt: skip
+
+
+def _row(result: HarpResult, row: int) -> dict[str, Any]:
+    """A row as it is stored: images and sounds may be broken, or have no decoder here."""
+    return result.pool.with_format("arrow")[int(row) : int(row) + 1].to_pylist()[0]
 
 
 def _readable(row: dict[str, Any]) -> dict[str, str]:
@@ -275,4 +281,5 @@ def _write(run: RunDir, name: str, data: bytes) -> Path:
 
 
 def _clean(page: str) -> str:
-    return "".join(sign for sign in page if sign.isprintable() or sign in "\n\t" or ord(sign) >= 0xA0)
+    """Without control characters, and without those that would turn around what stands after a row or a name."""
+    return "".join(c for c in page if c.isprintable() or c in "\n\t" or (ord(c) >= 0xA0 and c not in _TURNING))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets import Dataset, concatenate_datasets
 
 from .config import HarpConfig, check_choice
@@ -318,9 +317,7 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
     known, arrays = run.read_json("result/result.json"), run.read_arrays("result/arrays.npz")
     costs = run.read_json("result/seconds.json")
     if dataset is None:
-        written = run.file("config.yaml")
-        config: dict[str, Any] = {"seed": HarpConfig.seed}
-        config |= yaml.safe_load(written.read_text(encoding="utf-8")) if written.exists() else {}
+        config = {"seed": HarpConfig.seed} | run.read_yaml("config.yaml")
         if not config.keys() & {"dataset_name", "datasets"}:
             raise DataError(f"The pool of {path} was an object in memory: pass it as `dataset`.")
         pool, _ = load_pool(

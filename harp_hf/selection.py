@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from trl import DatasetMixtureConfig
 from .config import HarpConfig
 from .design import choose_leaves
 from .errors import RunDirError
-from .evaluation.backends import open_evaluator
 from .evaluation.scoring import Metric, describe_metrics
-from .execution.local import base_scores, measure_leaves
+from .execution.local import measure_here
 from .features import comparable, load_features, load_proxy_features
-from .finetune import LeafFinetuner, load_model, shards
 from .hierarchy import Hierarchy, build_hierarchy
 from .inputs import Inputs, read_inputs
 from .manifest import describe_call
@@ -33,6 +31,8 @@ from .proxy import ProxySet
 from .result import HarpResult, conclude
 from .rundir import RunDir
 from .similarity import leaf_similarity
+from .stages import stage, started
+from .texts import without_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,16 @@ def measure(
     ))  # fmt: skip
     run = RunDir(args.output_dir or "harp_output")
     names = {"dataset_name": dataset, "eval_dataset_name": eval_dataset, "model_name_or_path": model}
-    named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
+    named = {name: without_tokens(str(value)) for name, value in names.items() if isinstance(value, str | Path)}
     mixtures = [dataset] if isinstance(dataset, DatasetMixtureConfig) else []
-    _claim(run, given.manifest(args), named | describe_call(args, *mixtures))
+    with ExitStack() as held:
+        from_main(lambda: held.enter_context(run.locked()))
+        _claim(run, given.manifest(args), named | describe_call(args, *mixtures))
+        from_main(lambda: held.enter_context(started(run)))
+        return _measure(run, given, args)
 
+
+def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
     matrix = _timed(run, "features", lambda: load_features(
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
     ))  # fmt: skip
@@ -114,28 +120,30 @@ def measure(
     leaves = choose_leaves(hierarchy, args.max_measurements, similarity)
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))
 
-    # The model is loaded and the pool tokenised once, and not at all where everything is measured already.
-    base = cache(lambda: load_model(given.model, args))
-    finetuner = cache(lambda: LeafFinetuner(
-        given.model if shards(args) else base(), given.pool, args, given.peft_config, given.tokenizer
-    ))  # fmt: skip
-    evaluator = cache(lambda: open_evaluator(
-        base(), given.model, given.tokenizer, given.proxy, given.metrics, given.peft_config, args
-    ))  # fmt: skip
-    null = from_main(lambda: base_scores(run, evaluator, given.null_scores))
     seeds = range(args.seed, args.seed + args.num_repeats)
-    measure_leaves(run, [(g, s) for s in seeds for g in leaves.tolist()], hierarchy.rows, finetuner, evaluator)
+    todo = [(g, s) for s in seeds for g in leaves.tolist()]
+    with stage(run, "measurements"):
+        null = _executor(args)(run, todo, hierarchy.rows, given, args)
 
     measured = Measurements.read(run, leaves, seeds, null)
     seconds = run.read_json("seconds.json") | {
         "training": measured.cost["seconds_training"], "evaluation": measured.cost["seconds_evaluation"]
     }  # fmt: skip
-    result = conclude(
-        given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics), given.digest, seconds,
-        given.labels, similarity,
-    )  # fmt: skip
-    from_main(lambda: result.save(run.path))
+    with stage(run, "inference"):
+        result = conclude(
+            given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics), given.digest, seconds,
+            given.labels, similarity,
+        )  # fmt: skip
+        from_main(lambda: result.save(run.path))
     return replace(result, path=run.path)
+
+
+def _executor(args: HarpConfig) -> Callable[..., dict[str, np.ndarray]]:
+    if args.executor == "local":
+        return measure_here
+    from .execution.ray import measure_on_ray
+
+    return measure_on_ray
 
 
 def _claim(run: RunDir, manifest: dict[str, Any], config: dict[str, Any]) -> None:
@@ -150,7 +158,7 @@ def _claim(run: RunDir, manifest: dict[str, Any], config: dict[str, Any]) -> Non
 
 
 def _load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierarchy:
-    if not run.file("hierarchy.npz").exists():
+    if not run.holds("hierarchy.npz"):
         built = build_hierarchy(matrix, leaf_size=args.leaf_size, branching=args.branching, seed=args.seed)
         run.write_arrays("hierarchy.npz", **built.arrays())
     return Hierarchy(**run.read_arrays("hierarchy.npz"))
@@ -159,7 +167,7 @@ def _load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierar
 def _load_similarity(
     run: RunDir, matrix: np.ndarray, hierarchy: Hierarchy, given: Inputs, args: HarpConfig
 ) -> np.ndarray:
-    if not run.file("similarity.npz").exists():
+    if not run.holds("similarity.npz"):
         examples = load_proxy_features(
             given.pool, given.proxy, given.features,
             text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
@@ -169,15 +177,16 @@ def _load_similarity(
     return run.read_arrays("similarity.npz")["similarity"]
 
 
-def _timed(run: RunDir, stage: str, work: Callable[[], Any]) -> Any:
+def _timed(run: RunDir, name: str, work: Callable[[], Any]) -> Any:
     """Do one stage; the seconds it took when it was really done are kept in the run directory."""
 
     def timed() -> Any:
-        known = run.read_json("seconds.json") if run.file("seconds.json").exists() else {}
-        started = time.monotonic()
-        done = work()
-        if stage not in known:
-            run.write_json("seconds.json", known | {stage: time.monotonic() - started})
+        known = run.read_json("seconds.json") if run.holds("seconds.json") else {}
+        began = time.monotonic()
+        with stage(run, name):
+            done = work()
+        if name not in known:
+            run.write_json("seconds.json", known | {name: time.monotonic() - began})
         return done
 
     return main_first(timed)

@@ -8,7 +8,9 @@ from .hierarchy import Hierarchy
 
 # Pool rows that each proxy row looks at.
 NEIGHBOURS = 50
-_BLOCK = 1 << 16
+# Pool rows compared at once, and numbers that makes at most.
+_BLOCK = 1 << 14
+_ENTRIES = 1 << 22
 
 
 def leaf_similarity(
@@ -22,23 +24,41 @@ def leaf_similarity(
     Args:
         features: (n, d) unit-norm pool features, read in blocks.
         hierarchy: the leaf of every pool row.
-        proxy_features: (n_proxy, d) unit-norm.
+        proxy_features: (n_proxy, d) unit-norm, or zero where nothing is known of a row, which then has no neighbours.
         task: (n_proxy,) int, task of every proxy row, 0..n_tasks-1.
         n_tasks: number of tasks D.
 
     Returns:
-        (G, D) similarities, at least 0.
+        (G, D) similarities, at least 0; 1 for tasks of which no row has neighbours.
     """
     count = min(NEIGHBOURS, len(features))
-    best = np.full((len(proxy_features), count), -np.inf, np.float32)
-    rows = np.zeros((len(proxy_features), count), np.int64)
-    for start in range(0, len(features), _BLOCK):
-        block = proxy_features @ np.asarray(features[start : start + _BLOCK]).T
-        seen = np.concatenate([best, block], axis=1)
-        ids = np.concatenate([rows, np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)], axis=1)
-        # Stable, so that of equally near rows the first ones count.
-        nearest = np.argsort(-seen, axis=1, kind="stable")[:, :count]
-        best, rows = np.take_along_axis(seen, nearest, axis=1), np.take_along_axis(ids, nearest, axis=1)
+    rows = _nearest_rows(features, proxy_features, count)
     votes = np.zeros((hierarchy.n_leaves, n_tasks))
-    np.add.at(votes, (hierarchy.leaf[rows], task[:, None]), 1)
-    return votes / votes.sum(axis=0) / (hierarchy.sizes / len(features))[:, None]
+    known = proxy_features.any(axis=1)
+    np.add.at(votes, (hierarchy.leaf[rows[known]], task[known, None]), 1)
+    share = hierarchy.sizes[:, None] / len(features)
+    votes = np.where(votes.any(axis=0), votes, share)
+    return votes / votes.sum(axis=0) / share
+
+
+def _nearest_rows(features: np.ndarray, proxy_features: np.ndarray, count: int) -> np.ndarray:
+    """(n_proxy, count) ids of the pool rows most similar to each proxy row; of equally near rows the first ones."""
+    n_proxy = len(proxy_features)
+    best = np.full((n_proxy, count), -np.inf, np.float32)
+    rows = np.zeros((n_proxy, count), np.int64)
+    largest = max(count, min(_BLOCK, _ENTRIES // n_proxy))
+    stop = 0
+    while stop < len(features):
+        # Each block is at most as long as all before it, so that few of its rows are nearer than those seen.
+        start, stop = stop, min(stop + largest, max(2 * stop, count))
+        block = proxy_features @ np.asarray(features[start:stop]).T
+        # Later rows count where they are nearer than the last of the best so far.
+        proxy, row = np.nonzero(block > best[:, -1:])
+        owner = np.concatenate([np.repeat(np.arange(n_proxy), count), proxy])
+        values = np.concatenate([best.ravel(), block[proxy, row]])
+        ids = np.concatenate([rows.ravel(), start + row])
+        order = np.lexsort((ids, -values, owner))
+        first = np.searchsorted(owner[order], np.arange(n_proxy))
+        nearest = order[first[:, None] + np.arange(count)]
+        best, rows = values[nearest], ids[nearest]
+    return rows

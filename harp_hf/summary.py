@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .sources import Z90
+from .texts import printable
 
 if TYPE_CHECKING:
     from .result import HarpResult
 
 _WIDTH = 100
-# Columns of the table by source that fit beside its name, and sources that it shows.
-_TASKS_ACROSS, _SOURCES = 4, 20
+# Columns of the table by source that fit beside its name, and tasks and sources that it shows.
+_TASKS_ACROSS, _TASKS, _SOURCES = 4, 12, 20
 _STAGES = ("features", "hierarchy", "training", "evaluation")
 
 
@@ -35,7 +36,7 @@ def summarise(result: HarpResult) -> str:
         table.add_column(name, justify=justify, overflow="fold")
     for d, task in enumerate(result.tasks):
         table.add_row(
-            task, result.metrics[d], f"{result.null[d]:.3f}", "yes" if active[d] else "no",
+            printable(task), printable(result.metrics[d]), f"{result.null[d]:.3f}", "yes" if active[d] else "no",
             *(f"{predicted[v][d]:.3f}" for v in choices),
         )  # fmt: skip
     if active.any():
@@ -61,6 +62,8 @@ def summarise(result: HarpResult) -> str:
             console.print(table)
         if (left := len(result.sources.names) - _SOURCES) > 0:
             console.print(f"Of the sources the {_SOURCES} with most rows are shown, {left} more are not.")
+        if len(result.tasks) > _TASKS:
+            console.print(f"The first {_TASKS} tasks are shown by source; `by_source()` has all {len(result.tasks)}.")
 
     console.print(
         f"Finetunes: {cost['finetunes']:.0f}, on {len(measured.leaves)} of {result.hierarchy.n_leaves} leaves"
@@ -70,7 +73,7 @@ def summarise(result: HarpResult) -> str:
     spent = [f"{stage} {result.seconds[stage]:.0f}" for stage in _STAGES if stage in result.seconds]
     console.print(f"Seconds: {', '.join(spent)}.")
     for leaf, reason in measured.failed.items():
-        console.print(f"Leaf {leaf} was not measured: {reason}.")
+        console.print(f"Leaf {leaf} was not measured: {printable(reason)}.")
     for note in result.posterior.notes:
         console.print(f"Note: {note}")
     return console.file.getvalue()
@@ -83,15 +86,16 @@ def _by_source(result: HarpResult) -> list[Table]:
     for name in ("source", "rows", "chosen", "leaves", "of them measured"):
         rows.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
     for line in lines:
-        rows.add_row(*(str(line[name]) for name in ("source", "rows", "chosen", "leaves", "measured_leaves")))
+        counts = (str(line[name]) for name in ("rows", "chosen", "leaves", "measured_leaves"))
+        rows.add_row(printable(line["source"]), *counts)
     tables = [rows]
-    for start in range(0, len(result.tasks), _TASKS_ACROSS):
+    for start in range(0, min(len(result.tasks), _TASKS), _TASKS_ACROSS):
         tasks = result.tasks[start : start + _TASKS_ACROSS]
         table = Table("source", title="Mean φ by source, ± half the width of its 90 % interval")
         for task in tasks:
-            table.add_column(task, justify="right", overflow="fold")
+            table.add_column(printable(task), justify="right", overflow="fold")
         for line in lines:
             told = (f"{line[f'phi_{task}']:+.3f} ± {Z90 * line[f'phi_sd_{task}']:.3f}" for task in tasks)
-            table.add_row(line["source"], *told)
+            table.add_row(printable(line["source"]), *told)
         tables.append(table)
     return tables

@@ -88,16 +88,22 @@ class Trials:
         *,
         metrics: Sequence[Metric | Mapping[str, Metric]] = ("auto",),
     ) -> None:
-        self._run, self._n_rows = run, len(pool)
+        self._run, self._n_rows, self._n_test = run, len(pool), len(test)
         self._metrics = [resolve_metrics(metric, test) for metric in metrics]
         self.metrics = [describe_metrics(metric) for metric in self._metrics]
+        # For every metric, the first one that scores the task of each test row alike; only its scores are made.
+        first = [[self._alike(d, metric[d]) for d in range(len(test.tasks))] for metric in self._metrics]
+        self._first = np.array(first)[:, test.task]
         tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, args), args)
         adapter = peft_config or default_peft_config()
         base = cache(lambda: load_model(model, args))
         self._finetuner = cache(lambda: LeafFinetuner(base(), pool, args, adapter, tokenizer))
-        self._evaluators = cache(lambda: [
-            open_evaluator(base(), model, tokenizer, test, m, adapter, args) for m in self._metrics
-        ])  # fmt: skip
+        self._evaluators = cache(lambda: {
+            place: open_evaluator(
+                base(), model, tokenizer, test.take(self._own(place)), self._metrics[place], adapter, args
+            )
+            for place in range(len(metrics)) if len(self._own(place))
+        })  # fmt: skip
         settings = {k: v for k, v in changed_settings(args).items() if k not in _NOT_OF_A_TRIAL}
         described = [describe_model(model), describe_peft(adapter), tokenizer.chat_template, self.metrics, settings]
         self._settings = f"{test.digest} {described!r}"
@@ -119,6 +125,7 @@ class Trials:
         digest = hashlib.sha256(told + rows.tobytes()).hexdigest()[:12]
         # Two selections may be of the same rows.
         same = sorted(self._run.file("verify").glob(f"*-{digest}.npz"))
+        same = [path for path in same if self._run.holds(f"verify/{path.name}")]
         file = f"verify/{same[0].name}" if same else f"verify/{name}-{digest}.npz"
         if not same:
             with tempfile.TemporaryDirectory() as folder:
@@ -142,13 +149,20 @@ class Trials:
                 raise HarpError(f"The finetune on {name} failed: {error}.") from error
         trained = time.monotonic()
         judges = self._evaluators()
-        before = sum(judge.tokens for judge in judges)
-        scores: list[np.ndarray] = []
-        for place, judge in enumerate(judges):
-            first = self._metrics.index(self._metrics[place])
-            scores.append(scores[first] if first < place else judge.evaluate([adapter])[0])
-        evaluated = sum(judge.tokens for judge in judges) - before
-        return Trial(np.stack(scores), tokens, evaluated, trained - started, time.monotonic() - trained)
+        before = sum(judge.tokens for judge in judges.values())
+        scores = np.zeros((len(self._metrics), self._n_test))
+        for place, judge in judges.items():
+            scores[place, self._own(place)] = judge.evaluate([adapter])[0]
+        scores = np.take_along_axis(scores, self._first, axis=0)
+        evaluated = sum(judge.tokens for judge in judges.values()) - before
+        return Trial(scores, tokens, evaluated, trained - started, time.monotonic() - trained)
+
+    def _alike(self, task: int, metric: Metric) -> int:
+        return next(place for place, metrics in enumerate(self._metrics) if metrics[task] == metric)
+
+    def _own(self, place: int) -> np.ndarray:
+        """Test rows that no earlier metric scores alike."""
+        return np.flatnonzero(self._first[place] == place)
 
     def tokens_by_row(self) -> np.ndarray:
         """(n,) tokens of each pool row as it is trained on; 0 for rows lost to truncation."""

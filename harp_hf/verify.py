@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
@@ -27,6 +26,7 @@ from .proxy import ProxySet, load_proxy
 from .result import HarpResult, load_result
 from .rundir import RunDir
 from .settings import read_settings
+from .texts import printable
 from .trials import Trials
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Proof:
     def summary(self) -> str:
         """A table of scores and differences by task, for people."""
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, markup=False, emoji=False)
-        tasks = [*self.test.tasks, "mean of tasks"]
+        tasks = [*map(printable, self.test.tasks), "mean of tasks"]
         table = Table(title="Test scores after finetuning")
         table.add_column("task", overflow="fold")
         for name, count in self.rows.items():
@@ -212,7 +212,7 @@ def _reopen(
     written, manifest = run.file("config.yaml"), run.read_json("manifest.json")
     if not written.exists():
         raise DataError(f"The settings of {run.path} are not known: it has no config.yaml.")
-    config = yaml.safe_load(written.read_text(encoding="utf-8"))
+    config = run.read_yaml("config.yaml")
     args, _ = read_settings(config)
     known, adapter, chat_template = manifest["model"]
     given = model if model is not None else config.get("model_name_or_path")

@@ -110,6 +110,20 @@ def test_greedy_equals_the_reference(variant: str, problem: tuple[np.ndarray, np
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 0.05), (0.02, 0.1), (-0.03, 0.3)])
+def test_greedy_equals_the_reference_while_tasks_fill_up_and_run_empty(
+    variant: str, shift: float, scale: float
+) -> None:
+    rng = np.random.default_rng(0)
+    phi, null, weights = rng.normal(shift, scale, (40, 5)), rng.random(5), rng.uniform(0.2, 2, 5)
+    order = greedy(phi, null, weights, variant=variant)
+    leaves, gains, best_prefix = reference_greedy(phi.tolist(), null.tolist(), weights.tolist(), variant)
+    assert order.leaves.tolist() == leaves
+    assert order.gains == pytest.approx(gains, abs=1e-9)
+    assert order.best_prefix == best_prefix
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_ties_go_to_the_larger_mean_then_to_the_smaller_id(variant: str) -> None:
     # All of the last three fill the task up to 1.
     phi = np.array([[0.0], [0.6], [0.7], [0.7]])

@@ -166,8 +166,20 @@ def test_choice_is_the_best_log_probability_a_token(model, tokenizer, adapters, 
             assert score == (choices[int(np.argmax(means))] == answer)
             totals = [m * len(c.split()) for m, c in zip(means, choices, strict=True)]
             summed += np.argmax(totals) != np.argmax(means)
+        probabilities = evaluator(model, tokenizer, rows, "choice_likelihood").evaluate([adapter])[0]
+        for (prompt, choices, answer), probability in zip(found, probabilities, strict=True):
+            weights = np.exp([mean_log_probability(plain, tokenizer, prompt, c, end=False) for c in choices])
+            assert probability == pytest.approx(weights[choices.index(answer)] / weights.sum(), abs=1e-5)
     assert 0 < scores[0].sum() < len(rows)
     assert summed, "the data tells length-normalised from summed log-probabilities"
+
+
+def test_automatic_metrics_look_at_the_choices():
+    told = {"answer": LONG["red"], "choices": list(LONG.values())}
+    rows = [asked("say :", task="with", **told), asked("say :", task="without", **told | {"choices": []})]
+    proxy = load_proxy(Dataset.from_list(rows))
+    assert resolve_metrics("auto", proxy) == ["choice", "exact_match"]
+    assert resolve_metrics("auto_likelihood", proxy) == ["choice_likelihood", "likelihood"]
 
 
 def mixed_rows():

@@ -186,3 +186,13 @@ def test_features_are_identified_by_what_they_are(features):
 
     OtherLengths.__name__ = "Lengths"
     assert describe_features(OtherLengths()) != describe_features(Lengths())
+
+
+def test_a_column_and_an_array_are_read_in_blocks(load, features, pool, monkeypatch):
+    whole = load(features, folder="whole")
+    monkeypatch.setattr("harp_hf.features._BLOCK", 5)
+    assert np.array_equal(load(features, folder="array"), whole)
+    assert np.array_equal(load("vector", pool.add_column("vector", features.tolist()), folder="column"), whole)
+    ragged = pool.add_column("vector", [row[: 3 + (number > 7)] for number, row in enumerate(features.tolist())])
+    with pytest.raises(DataError, match="same length"):
+        load("vector", ragged, folder="ragged")

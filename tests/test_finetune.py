@@ -92,6 +92,24 @@ def test_rows_lost_to_truncation_are_not_counted(tiny_model, config, tmp_path):
         finetuner.finetune(np.array([1, 3]), 0, tmp_path / "b")
 
 
+def test_without_padding_the_same_is_learnt_from_the_same_tokens(tiny_model, config, tmp_path):
+    rows = [{"prompt": "red blue " * (1 + n % 5), "completion": "green" if n % 2 else "red green"} for n in range(24)]
+    done = []
+    for free in (False, True):
+        args = config(padding_free=free, max_length=8)
+        finetuner = LeafFinetuner(
+            load_model(tiny_model, args), Dataset.from_list(rows), args, default_peft_config(),
+            load_tokenizer(tiny_model, args),
+        )  # fmt: skip
+        done.append(finetuner.finetune(np.arange(24), 0, tmp_path / str(free)))
+    lengths = {len(ids) for ids in finetuner.tokenised["input_ids"]}
+    assert len(lengths) > 1
+    assert max(lengths) == 8
+    padded, free = done
+    assert (free.tokens, free.steps, free.rows.tolist()) == (padded.tokens, padded.steps, padded.rows.tolist())
+    assert free.loss == pytest.approx(padded.loss, rel=1e-5)
+
+
 def test_a_pool_that_is_all_lost_to_truncation_is_refused(tiny_model, pool, config):
     args = config(max_length=3)
     with pytest.raises(DataError, match="after truncation to max_length=3"):

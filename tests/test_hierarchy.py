@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harp_hf.errors import HarpError
-from harp_hf.hierarchy import Hierarchy, build_hierarchy
+from harp_hf.hierarchy import CROWD, Hierarchy, _centroids, _rebalance, _search, build_hierarchy
 
 FIELDS = ("leaf", "parent", "large", "centroids", "parent_centroids", "distance")
 
@@ -157,3 +157,61 @@ def test_sizes_below_one_and_unknown_leaves_are_refused() -> None:
             build_hierarchy(features, **sizes)
     with pytest.raises(HarpError, match="no leaf 1"):
         build_hierarchy(features).rows(1)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        unit(np.ones((3000, 2))),
+        np.zeros((3000, 2)),
+        np.repeat(unit(np.random.default_rng(0).normal(size=(5, 6))), 600, axis=0),
+        np.concatenate([np.tile([1.0, 0, 0], (2000, 1)), unit(np.random.default_rng(1).normal(size=(1000, 3)))]),
+        unit(np.random.default_rng(2).normal(size=(3000, 3)) + np.array([0, 0, 2])),
+    ],
+    ids=["one direction", "zero vectors", "five rows", "half the same", "a cap"],
+)
+def test_pools_of_many_leaves_are_sound_with_and_without_faiss(features: np.ndarray, backend: str) -> None:
+    features = features.astype(np.float32)
+    hierarchy = build_hierarchy(features, leaf_size=10)
+    assert hierarchy.n_leaves > CROWD
+    assert_sound(hierarchy, features, 10)
+
+
+def test_many_leaves_of_crowded_and_empty_places_are_as_tight_as_those_of_flat_k_means() -> None:
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(5)
+    regions = rng.normal(size=(20, 24))
+    topics = regions[rng.choice(20, 500, p=rng.dirichlet(np.ones(20)))] + 0.8 * rng.normal(size=(500, 24))
+    topic = rng.choice(500, 15_000, p=rng.dirichlet(np.ones(500)))
+    features = unit(topics[topic] + 0.5 * rng.normal(size=(15_000, 24)))
+    hierarchy = build_hierarchy(features, leaf_size=40)
+    assert hierarchy.n_leaves == 375
+    flat = faiss.Kmeans(24, 375, niter=25, spherical=True, seed=0, max_points_per_centroid=15_000)
+    flat.train(features)
+    assert hierarchy.distance.mean() < (1 - (features @ flat.centroids.T).max(axis=1)).mean()
+
+
+def test_leaves_that_many_rows_leave_are_dissolved_and_wide_ones_divided() -> None:
+    # Two directions: one has too many leaves for its rows, the other one leaf for all of its.
+    rng = np.random.default_rng(6)
+    features = unit(np.repeat(np.eye(8)[:2], [30, 90], axis=0) + 0.1 * rng.normal(size=(120, 8)))
+    leaf = np.concatenate([np.arange(30) // 5, np.full(90, 6)]).astype(np.int32)
+    parent = np.array([0, 0, 0, 1, 1, 1, 2])
+    after, came = _rebalance(features, leaf, parent, _centroids(features, leaf, 7), 20, rng)
+    sizes = np.bincount(after)
+    assert 5 <= len(sizes) <= 8
+    assert sizes.min() >= 10
+    assert sizes.max() <= 40
+    assert set(came[after[30:]]) == {6}, "rows of the second direction stay in what was its leaf"
+    assert set(came[after[:30]]) < set(range(6))
+
+
+def test_rows_find_their_leaf_in_any_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harp_hf.hierarchy.PROBES", 2)
+    monkeypatch.setattr("harp_hf.hierarchy.SEARCHED", 7)
+    right = np.repeat(np.arange(8), 10).astype(np.int32)
+    features = unit(np.eye(8)[right] + 0.1 * np.random.default_rng(7).normal(size=(80, 8)))
+    leaf = right.copy()
+    leaf[[0, 35, 79]] = [7, 0, 1]
+    _search(features, leaf, np.arange(8) // 2, _centroids(features, right, 8))
+    assert np.array_equal(leaf, right)

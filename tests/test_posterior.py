@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 from harp_hf.effects import PRIOR_ROWS, active_tasks, measured_effects
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
-from harp_hf.posterior import SLOPE_SD, SLOPE_SPREADS, Trend, average, infer, pooled_slope, slope
+from harp_hf.posterior import (
+    SLOPE_SD,
+    SLOPE_SPREADS,
+    Trend,
+    _quadratic_form,
+    _with_trend,
+    average,
+    infer,
+    likelihoods,
+    pooled_slope,
+    slope,
+    solve,
+)
 
 PRIORS = ("smooth", "nested")
 
@@ -243,6 +255,32 @@ def test_the_average_weighs_by_restricted_likelihood_and_adds_the_spread_of_mean
     )  # fmt: skip
     assert np.concatenate([parts.measured_mean, parts.other_mean]) == pytest.approx(mean, abs=1e-6)
     assert np.concatenate([parts.measured_variance, parts.other_variance]) == pytest.approx(variance, abs=1e-6)
+
+
+def test_likelihoods_without_a_slope_tell_those_with_one() -> None:
+    y, noise, correlation = random_case(7)
+    z = np.random.default_rng(7).normal(size=5)
+    among = np.stack([correlation, correlation**3])[:, :5, :5]
+    signal, leaf = np.array([0.0, 0.7]), np.array([0.3, 0.2])
+    known = likelihoods(y, z, noise, among, signal, leaf)
+    for k, matrix in enumerate(among):
+        precision, _, _, log_likelihood = solve(y, noise, matrix, signal, leaf)
+        assert known[0, k] == pytest.approx(log_likelihood)
+        assert known[1, k] == pytest.approx(precision @ y @ z)
+        assert known[2, k] == pytest.approx(precision @ z @ z)
+        with_slope = solve(y - 0.4 * z, noise, matrix, signal, leaf, 0.3 * np.outer(z, z))[3]
+        assert _with_trend(known, 0.4, 0.3)[k] == pytest.approx(with_slope)
+
+
+def test_a_quadratic_form_of_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harp_hf.posterior._BLOCK", 4)
+    rng = np.random.default_rng(8)
+    near, last, linear = rng.normal(size=(9, 3)), rng.normal(size=9), rng.normal(size=4)
+    quadratic = rng.normal(size=(4, 4))
+    quadratic += quadratic.T
+    x = np.concatenate([near, last[:, None]], axis=1)
+    expected = [row @ quadratic @ row + linear @ row for row in x]
+    assert _quadratic_form(quadratic, linear, near, last) == pytest.approx(np.array(expected))
 
 
 # The whole inference

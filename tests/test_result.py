@@ -50,7 +50,7 @@ def frozen(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a model was used")
 
-    monkeypatch.setattr("harp_hf.selection.load_model", never)
+    monkeypatch.setattr("harp_hf.execution.tools.load_model", never)
     monkeypatch.setattr("harp_hf.finetune.AutoModelForCausalLM.from_pretrained", never)
     monkeypatch.setattr(LeafFinetuner, "finetune", never)
     monkeypatch.setattr(TransformersEvaluator, "evaluate", never)

@@ -1,6 +1,7 @@
 """The run directory: files whole or not at all, the same bytes for the same content, and one run in one directory."""
 
 import errno
+import logging
 import os
 import time
 
@@ -181,3 +182,87 @@ def test_a_run_that_computed_nothing_has_no_claim(run, computed):
     run.write(computed, lambda handle: handle.write(b"something"))
     with pytest.raises(RunDirError, match="another pool"):
         run.claim(MANIFEST)
+
+
+# Damaged files
+
+
+def flips(old):
+    """The bytes with one bit changed, each byte in turn."""
+    for place in range(len(old)):
+        yield old[:place] + bytes([old[place] ^ (1 << place % 8)]) + old[place + 1 :]
+
+
+def cuts(old):
+    return (old[:length] for length in range(0, len(old), 7))
+
+
+@pytest.fixture
+def silent():
+    """Thousands of warnings are not kept."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("silent")
+def test_no_changed_or_missing_byte_of_an_npz_file_goes_unnoticed(run):
+    arrays = {"scores": np.arange(2.0), "reason": np.array("")}
+    path = run.write_arrays("a.npz", **arrays)
+    whole, noticed = path.read_bytes(), 0
+    assert run.holds("a.npz")
+    for damaged in [*flips(whole), *cuts(whole)]:
+        path.write_bytes(damaged)
+        if run.holds("a.npz"):  # a byte that says nothing, such as the time in a zip file
+            read = run.read_arrays("a.npz")
+            assert read.keys() == arrays.keys()
+            assert all(read[name].tobytes() == arrays[name].tobytes() for name in arrays)
+        else:
+            noticed += 1
+    assert noticed > 0.8 * len(whole)
+
+
+@pytest.mark.usefixtures("silent")
+def test_no_changed_or_missing_byte_of_a_json_file_goes_unnoticed(run):
+    value = {"a": [1, 0.5, "ä"], "b": {"c": None}}
+    path = run.write_json("a.json", value)
+    whole = path.read_bytes()
+    for damaged in [*flips(whole), *cuts(whole)]:
+        path.write_bytes(damaged)
+        if run.holds("a.json"):  # white space, or the name of the checksum
+            assert {name: part for name, part in run.read_json("a.json").items() if name in value} == value
+
+
+@pytest.mark.usefixtures("silent")
+def test_no_changed_or_missing_byte_of_an_npy_file_goes_unnoticed(run):
+    path = run.write_matrix("a.npy", lambda handle: np.save(handle, np.ones((3, 2), np.float32)))
+    whole = path.read_bytes()
+    assert run.holds("a.npy")
+    for damaged in [*flips(whole), *cuts(whole)]:
+        path.write_bytes(damaged)
+        assert not run.holds("a.npy")
+
+
+def test_the_checksum_of_a_matrix_is_one_that_sha256sum_checks(run):
+    import subprocess
+
+    run.write_matrix("a.npy", lambda handle: np.save(handle, np.ones(3)))
+    command = ["sha256sum", "--check", "a.npy.sha256"]
+    done = subprocess.run(command, cwd=run.path, capture_output=True, text=True)
+    assert done.stdout == "a.npy: OK\n"
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(run, monkeypatch):
+    path = run.write_json("a.json", {"a": 1})
+
+    def refuse(self, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(type(path), "read_text", refuse)
+    with pytest.raises(RunDirError, match=r"a\.json cannot be read: Permission denied\.$"):
+        run.read_json("a.json")
+
+
+def test_keys_that_json_turns_into_text_keep_their_checksum(run):
+    run.write_json("a.json", {"b": {10: 1, 9: 2}, "sha256": "of another file"})
+    assert run.read_json("a.json") == {"b": {"10": 1, "9": 2}}

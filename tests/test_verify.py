@@ -164,6 +164,19 @@ def test_trials_score_by_every_metric_and_finetune_once(pool, proxy, tiny_model,
     assert len(made) == 4, "other rows, another seed or other epochs are another trial"
 
 
+def test_a_task_that_two_metrics_score_alike_is_scored_once(pool, proxy, tiny_model, tmp_path, config):
+    rows = load_proxy(proxy.add_column("choices", [["crimson", "emerald", "azure"]] * 16))
+    mixed = {rows.tasks[0]: "exact_match", rows.tasks[1]: "choice"}
+    both, plain, other = (
+        Trials(RunDir(tmp_path / f"{n}"), pool, rows, tiny_model, config(), metrics=metrics).run(
+            np.arange(24), 0, 1.0, "x"
+        )
+        for n, metrics in enumerate((["exact_match", mixed], ["exact_match"], [mixed]))
+    )
+    assert both.scores == pytest.approx(np.concatenate([plain.scores, other.scores]), abs=1e-6)
+    assert both.tokens_evaluation < plain.tokens_evaluation + other.tokens_evaluation
+
+
 # --- intervals
 
 

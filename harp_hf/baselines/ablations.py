@@ -45,7 +45,7 @@ class Exhaustive:
             problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
         )  # fmt: skip
         null = {"scores": result.measurements.null, "tokens": np.array(0), "seconds": np.array(0.0)}
-        if run.file("base.npz").exists():
+        if run.holds("base.npz"):
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}
         measured = Measurements.read(run, leaves, seeds, null)
         n_tasks = len(result.tasks)

@@ -12,6 +12,7 @@ from ..errors import ConfigError, HarpError
 from ..inputs import read_inputs
 from ..quiet import quiet
 from ..result import HarpResult
+from ..rundir import RunDir
 from ..selection import measure
 from . import MEASURED, Cost, selector
 from .problem import open_problem
@@ -41,8 +42,9 @@ def choose(
     if name in MEASURED and result is None:
         result = measure(dataset, eval_dataset, model, args, peft_config)
     given = read_inputs(dataset, eval_dataset, model, args, peft_config)
-    problem = open_problem(given, args, result=result)
-    ranking = chooser.rank(problem, args.budget)
+    with RunDir(args.output_dir or "harp_output").locked():
+        problem = open_problem(given, args, result=result)
+        ranking = chooser.rank(problem, args.budget)
     limits = [limit for limit in (args.budget, ranking.stop) if limit is not None]
     if not limits:
         raise ConfigError(f"`budget` is needed: the selector {name!r} ranks all rows and has no limit of its own.")

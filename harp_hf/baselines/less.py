@@ -61,7 +61,7 @@ class LESS:
         finetuner, proxy = problem.need("finetuner", "less"), problem.need("proxy", "less")
         name = hashlib.sha256(repr((self, problem.seed, proxy.digest)).encode()).hexdigest()[:12]
         folder = f"baselines/less-{name}"
-        if not run.file(f"{folder}/influence.npz").exists():
+        if not run.holds(f"{folder}/influence.npz"):
             here = RunDir(run.file(folder))
             work = Cost()
             with work.timed():
@@ -120,7 +120,7 @@ def _similarities(
     found = []
     for start in tqdm(range(0, len(tokenised), _BLOCK), desc=f"Gradients, epoch {epoch + 1}", unit="block"):
         file = f"{epoch}-{start}.npz"
-        if run.file(file).exists():
+        if run.holds(file):
             cost.seconds += float(run.read_arrays(file)["seconds"])
         else:
             tokens, started = rows.tokens, time.monotonic()

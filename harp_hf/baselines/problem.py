@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..evaluation.backends import open_evaluator
+from ..execution.tools import open_tools
 from ..features import load_features, load_proxy_features, pool_texts, proxy_texts
-from ..finetune import LeafFinetuner, load_model
 from ..hierarchy import Hierarchy, build_hierarchy
 from ..rundir import RunDir
 from .selector import Problem
@@ -41,7 +40,7 @@ def open_problem(
     matrix = load_features(
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed
     )
-    if not run.file("hierarchy.npz").exists():
+    if not run.holds("hierarchy.npz"):
         built = build_hierarchy(matrix, leaf_size=args.leaf_size, branching=args.branching, seed=args.seed)
         run.write_arrays("hierarchy.npz", **built.arrays())
 
@@ -55,7 +54,9 @@ def open_problem(
         norms = np.linalg.norm(proxy_features, axis=1, keepdims=True)
         return (proxy_features / np.where(norms > 0, norms, 1)).astype(np.float32)
 
-    base = cache(lambda: load_model(given.model, args))
+    finetuner, evaluator = open_tools(
+        given.model, given.pool, given.proxy, given.metrics, given.peft_config, given.tokenizer, args
+    )
     return Problem(
         matrix, compared, given.proxy.task, args.seed,
         texts=lambda: pool_texts(given.pool, args.dataset_text_field, given.decode),
@@ -63,9 +64,7 @@ def open_problem(
         proxy=given.proxy,
         hierarchy=Hierarchy(**run.read_arrays("hierarchy.npz")),
         run=run,
-        finetuner=cache(lambda: LeafFinetuner(base(), given.pool, args, given.peft_config, given.tokenizer)),
-        evaluator=cache(lambda: open_evaluator(
-            base(), given.model, given.tokenizer, given.proxy, given.metrics, given.peft_config, args
-        )),
+        finetuner=finetuner,
+        evaluator=evaluator,
         result=result,
     )  # fmt: skip

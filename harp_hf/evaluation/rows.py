@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from scipy.special import softmax
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..proxy import ProxySet
-from .scoring import GENERATED, Metric, score_text, score_with
+from .scoring import CHOICE, GENERATED, Metric, score_text, score_with
 
 
 class ProxyRows:
@@ -31,7 +33,8 @@ class ProxyRows:
             the end of the turn with them, choices have not.
 
     Raises:
-        DataError: The proxy set has messages but the tokenizer no chat template.
+        DataError: The proxy set has messages but the tokenizer no chat template, or one that a row does not fit; or
+            the tokenizer makes no tokens of a prompt or an answer.
     """
 
     def __init__(
@@ -51,8 +54,24 @@ class ProxyRows:
         self.candidates: list[list[list[int]]] = []
         for row, metric in enumerate(self.metrics):
             prompt, candidates = self._encode(row, metric)
+            judged = [] if self.generating[row] else candidates
+            if not prompt or any(set(candidate) <= set(self.ends) for candidate in judged):
+                raise DataError(
+                    f"{self._where(row)} has a prompt, an answer or a choice of which the tokenizer makes no tokens."
+                )
             self.prompts.append(prompt)
             self.candidates.append(candidates)
+
+    def check_lengths(self, config: PreTrainedConfig) -> None:
+        """Raise [`DataError`] where a row has more tokens than a model of this configuration has positions for."""
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        for row, prompt in enumerate(self.prompts):
+            length = len(prompt) + (0 if self.generating[row] else max(map(len, self.candidates[row])))
+            if longest is not None and length > longest:
+                raise DataError(
+                    f"{self._where(row)} has {length:,} tokens with its answer, but the model takes {longest:,}: "
+                    "shorten it, or leave it out."
+                )
 
     def judge(self, row: int, means: Sequence[float] | np.ndarray, greedy: bool) -> float:
         """Score of a row that is scored by its candidates.
@@ -66,7 +85,10 @@ class ProxyRows:
             return float(greedy)
         if self.metrics[row] == "likelihood":
             return float(np.exp(np.max(means)))
-        return float(self.proxy.choices[row][int(np.argmax(means))] in self.proxy.answers[row])
+        right = np.array([choice in self.proxy.answers[row] for choice in self.proxy.choices[row]])
+        if self.metrics[row] == "choice_likelihood":
+            return float(softmax(means)[right].sum())
+        return float(right[int(np.argmax(means))])
 
     def score_texts(self, texts: Mapping[int, str]) -> dict[int, float]:
         """Scores of rows by the texts that were generated for them."""
@@ -87,8 +109,8 @@ class ProxyRows:
     def _encode(self, row: int, metric: Metric) -> tuple[list[int], list[list[int]]]:
         """Token ids of the prompt and of each candidate answer, the latter with the end of the turn unless choices."""
         prompt = self.proxy.prompts[row]
-        texts = self.proxy.choices[row] if metric == "choice" else self.proxy.answers[row]
-        ends = metric != "choice"
+        texts = self.proxy.choices[row] if metric in CHOICE else self.proxy.answers[row]
+        ends = metric not in CHOICE
         if isinstance(prompt, str):
             ids = self._tokenizer(prompt)["input_ids"]
             return ids, [self._continue(prompt, ids, text, ends) for text in texts]
@@ -97,9 +119,9 @@ class ProxyRows:
                 "The proxy set has messages, but the tokenizer has no chat template: pass a `processing_class` that "
                 "has one."
             )
-        rendered = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        rendered = self._render(row, prompt, add_generation_prompt=True)
         ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        return ids, [self._answer(prompt, rendered, text, ends) for text in texts]
+        return ids, [self._answer(row, rendered, text, ends) for text in texts]
 
     def _continue(self, prompt: str, ids: list[int], text: str, ends: bool) -> list[int]:
         whole = self._tokenizer(prompt + text)["input_ids"]
@@ -109,9 +131,18 @@ class ProxyRows:
         tokens = tokens or self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens + self._end(ends)
 
-    def _answer(self, prompt: list[dict], rendered: str, text: str, ends: bool) -> list[int]:
+    def _render(self, row: int, messages: list[dict[str, Any]], **settings: bool) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+        except Exception as error:  # a template may refuse a row in words of its own, or fail in any way
+            raise DataError(f"{self._where(row)} does not fit the chat template: {reason(error)}.") from error
+
+    def _where(self, row: int) -> str:
+        return f"Row {row} of the proxy set (task {self.proxy.tasks[self.proxy.task[row]]!r})"
+
+    def _answer(self, row: int, rendered: str, text: str, ends: bool) -> list[int]:
         """The assistant's turn as the chat template writes it, up to and with the token that ends it."""
-        whole = self._tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
+        whole = self._render(row, [*self.proxy.prompts[row], {"role": "assistant", "content": text}])
         if whole.startswith(rendered):
             turn = self._tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"]
             end = next((place for place, token in enumerate(turn) if token in self.ends), None)

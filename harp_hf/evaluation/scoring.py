@@ -13,7 +13,10 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..proxy import ProxySet
 
-METRICS = ("exact_match", "choice", "numeric", "contains", "likelihood")
+METRICS = ("exact_match", "choice", "numeric", "contains", "likelihood", "choice_likelihood")
+# Metrics of tasks whose rows have choices, and of the others.
+AUTO = {"auto": ("choice", "exact_match"), "auto_likelihood": ("choice_likelihood", "likelihood")}
+CHOICE = ("choice", "choice_likelihood")
 GENERATED = ("numeric", "contains")
 
 Metric = str | Callable[..., Sequence[float]]
@@ -25,7 +28,8 @@ def resolve_metrics(metric: Metric | Mapping[str, Metric], proxy: ProxySet) -> l
     """The metric of each task.
 
     Args:
-        metric: One of `METRICS`, `"auto"` (choice where every row of the task has choices, else exact_match), a
+        metric: One of `METRICS`, `"auto"` (choice where every row of the task has choices, else exact_match),
+            `"auto_likelihood"` (in the same way choice_likelihood or likelihood), a
             callable, or a mapping from tasks to these; tasks it does not name are `"auto"`. A callable has the form of
             a TRL reward function: called with `prompts`, `completions` (generated strings) and the columns of the
             proxy set as keyword arguments, it returns one score in [0, 1] a row.
@@ -43,10 +47,10 @@ def resolve_metrics(metric: Metric | Mapping[str, Metric], proxy: ProxySet) -> l
     for d, task in enumerate(proxy.tasks):
         name = metric.get(task, "auto") if isinstance(metric, Mapping) else metric
         has_choices = all(proxy.choices[i] for i in np.flatnonzero(proxy.task == d))
-        if name == "auto":
-            name = "choice" if has_choices else "exact_match"
-        if name == "choice" and not has_choices:
-            raise ConfigError(f"Task {task!r} cannot be scored by 'choice': some of its rows have no choices.")
+        if not callable(name) and name in AUTO:
+            name = AUTO[name][0 if has_choices else 1]
+        if name in CHOICE and not has_choices:
+            raise ConfigError(f"Task {task!r} cannot be scored by {name!r}: some of its rows have no choices.")
         if not callable(name) and name not in METRICS:
             raise ConfigError(f"The metric {name!r} is not known; use one of {', '.join(METRICS)} or a callable.")
         if name == "numeric":
@@ -107,7 +111,8 @@ def score_with(function: Callable[..., Sequence[float]], texts: Sequence[str], r
     Raises:
         DataError: It does not return one number in [0, 1] a text.
     """
-    columns = {name: [values[i] for i in rows] for name, values in proxy.columns.items() if name != "prompt"}
+    ours = ("prompt", "prompts", "completions")
+    columns = {name: [values[i] for i in rows] for name, values in proxy.columns.items() if name not in ours}
     scores = function(prompts=[proxy.prompts[i] for i in rows], completions=list(texts), **columns)
     name = describe_metrics([function])[0]
     if not isinstance(scores, Sequence | np.ndarray):

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..faults import unchanged
 from ..proxy import ProxySet
 from ..quiet import quiet
 from .rows import ProxyRows
@@ -30,7 +31,7 @@ class TransformersEvaluator:
         max_new_tokens: Longest answer generated.
 
     Raises:
-        DataError: The proxy set has messages but the tokenizer no chat template.
+        DataError: The proxy set does not fit the tokenizer or the model; see [`ProxyRows`].
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TransformersEvaluator:
         pads = (processing_class.pad_token_id, processing_class.eos_token_id, 0)
         self._pad = next(i for i in pads if i is not None)
         self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
+        self._rows.check_lengths(model.config)
         self._prompts, self._candidates = self._rows.prompts, self._rows.candidates
         # What all prompts begin with, such as a system prompt, is read once an adapter. The last token stays with its
         # prompt, so that no prompt is empty.
@@ -171,10 +173,13 @@ def _adapted(model: PreTrainedModel, adapter: Path | None) -> Iterator[PreTraine
     if adapter is None:
         yield model
         return
-    adapted = PeftModel.from_pretrained(model, str(adapter))
     try:
-        yield adapted.eval()
+        with unchanged(model):
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+            try:
+                yield adapted.eval()
+            finally:
+                adapted.unload()
     finally:
-        adapted.unload()
         for mark in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(mark, None)

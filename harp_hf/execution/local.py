@@ -2,43 +2,88 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from ..errors import FinetuneError
+from ..errors import FinetuneError, HarpError
 from ..evaluation.evaluator import Evaluator
+from ..faults import contained, free_memory
 from ..finetune import LeafFinetuner
-from ..processes import from_main, is_main
+from ..processes import from_main
 from ..rundir import RunDir
+from .record import left_to_measure, progress_of, record, record_base
+from .tools import open_tools
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from ..config import HarpConfig
+    from ..inputs import Inputs
+
+
+def measure_here(
+    run: RunDir, todo: Sequence[tuple[int, int]], rows: Callable[[int], np.ndarray], given: Inputs, args: HarpConfig
+) -> dict[str, np.ndarray]:
+    """Measure the base model and leaves, whatever the run directory does not hold yet, in this process.
+
+    Args:
+        run: The run directory.
+        todo: Pairs of leaf and seed, in measuring order.
+        rows: Pool rows of a leaf.
+        given: Pool, proxy set, model and the rest.
+        args: Settings.
+
+    Returns:
+        `dict`: Scores of the base model, as from [`base_scores`].
+    """
+    finetuner, evaluator = open_tools(
+        given.model, given.pool, given.proxy, given.metrics, given.peft_config, given.tokenizer, args
+    )
+    limit = args.measurement_timeout
+    null = from_main(lambda: base_scores(run, evaluator, given.null_scores, limit))
+    measure_leaves(run, todo, rows, finetuner, evaluator, limit)
+    return null
 
 
 def base_scores(
-    run: RunDir, evaluator: Callable[[], Evaluator], given: np.ndarray | None = None
+    run: RunDir, evaluator: Callable[[], Evaluator], given: np.ndarray | None = None, limit: float | None = None
 ) -> dict[str, np.ndarray]:
-    """Scores of the base model, measured once a run directory unless they are given.
+    """Scores of the base model, measured once a run directory unless they are given; `limit` is in seconds.
 
     Returns:
         `dict`: `scores` (n_proxy,), `tokens` and `seconds` of the evaluation.
+
+    Raises:
+        HarpError: The evaluation runs out of memory or time.
     """
+    if given is None and not run.holds("base.npz"):
+        record_base(run, score_base(evaluator, limit))
+    return read_base(run, given)
+
+
+def read_base(run: RunDir, given: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What [`base_scores`] returns, once it is measured or given."""
     if given is not None:
         return {"scores": given, "tokens": np.array(0), "seconds": np.array(0.0)}
-    if not run.file("base.npz").exists():
-        started = time.monotonic()
-        judge = evaluator()
-        before = judge.tokens
-        scores = judge.evaluate([None])[0]
-        run.write_arrays("base.npz", scores=scores, tokens=judge.tokens - before, seconds=time.monotonic() - started)
     return run.read_arrays("base.npz")
+
+
+def score_base(evaluator: Callable[[], Evaluator], limit: float | None = None) -> dict[str, Any]:
+    """What `base.npz` holds; see [`base_scores`]."""
+    started = time.monotonic()
+    judge = evaluator()
+    before = judge.tokens
+    try:
+        with contained(limit):
+            scores = judge.evaluate([None])[0]
+    except FinetuneError as error:
+        raise HarpError(
+            f"The base model cannot be evaluated: {error}; a smaller `per_device_eval_batch_size` needs less memory."
+        ) from error
+    return {"scores": scores, "tokens": judge.tokens - before, "seconds": time.monotonic() - started}
 
 
 def measure_leaves(
@@ -47,6 +92,7 @@ def measure_leaves(
     rows: Callable[[int], np.ndarray],
     finetuner: Callable[[], LeafFinetuner],
     evaluator: Callable[[], Evaluator],
+    limit: float | None = None,
 ) -> None:
     """Finetune and evaluate every leaf that the run directory does not hold yet.
 
@@ -57,35 +103,30 @@ def measure_leaves(
         finetuner: Gives the finetuner; called only where something is left to measure.
         evaluator: Gives the evaluator; called only where something is left to measure, and only on the main process.
             As many leaves are finetuned before one evaluation as it likes to score at once.
+        limit: Seconds that an evaluation may take; those of finetunes have that of the finetuner's settings.
     """
     todo = list(todo)
-    left = from_main(lambda: [pair for pair in todo if not run.file(measurement_file(*pair)).exists()])
-    done = len(todo) - len(left)
-    with tqdm(
-        total=len(todo), initial=done, desc="Measuring leaves", unit="leaf", disable=not is_main()
-    ) as progress:  # fmt: skip
+    left = left_to_measure(run, todo)
+    with progress_of(todo, left) as progress:
         at_once = from_main(lambda: evaluator().adapters_at_once) if left else 1
         for start in range(0, len(left), at_once):
             batch = left[start : start + at_once]
-            for (leaf, seed), measurement in zip(batch, _measure(batch, rows, finetuner(), evaluator), strict=True):
-                if measurement["reason"]:
-                    logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
-                from_main(partial(run.write_arrays, measurement_file(leaf, seed), **measurement))
-                progress.update()
+            measurements = measure_batch(batch, rows, finetuner(), evaluator, limit)
+            for (leaf, seed), measurement in zip(batch, measurements, strict=True):
+                record(run, leaf, seed, measurement, progress)
 
 
-def measurement_file(leaf: int, seed: int) -> str:
-    """Name of the file of one measurement in the run directory."""
-    return f"measurements/{leaf}-{seed}.npz"
-
-
-def _measure(
+def measure_batch(
     batch: Sequence[tuple[int, int]],
     rows: Callable[[int], np.ndarray],
     finetuner: LeafFinetuner,
     evaluator: Callable[[], Evaluator],
+    limit: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Finetune on leaves one after another, then score all their adapters in one call, whose cost they share."""
+    """Finetune on leaves one after another, then score all their adapters in one call, whose cost they share.
+
+    Arguments as of [`measure_leaves`]; a leaf that runs out of memory or time has failed, those beside it have not.
+    """
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder) / f"leaf-{leaf}-seed-{seed}" for leaf, seed in batch]
         measurements = [
@@ -96,20 +137,28 @@ def _measure(
         if not trained:
             return measurements
 
-        def score() -> tuple[np.ndarray, int]:
+        def score() -> tuple[np.ndarray | None, int, str]:
             judge = evaluator()
             before = judge.tokens
-            return judge.evaluate([adapters[n] for n in trained]), judge.tokens - before
+            try:
+                with contained(limit):
+                    return judge.evaluate([adapters[n] for n in trained]), judge.tokens - before, ""
+            except FinetuneError as error:
+                said = f"its evaluation failed: {error}"
+            free_memory()
+            return None, judge.tokens - before, said
 
         started = time.monotonic()
-        scores, tokens = from_main(score)
+        scores, tokens, said = from_main(score)
         seconds = time.monotonic() - started
-    for n, adapter_scores in zip(trained, scores, strict=True):
+    for place, n in enumerate(trained):
         measurements[n] |= {
-            "scores": adapter_scores,
+            "reason": said,
             "tokens_evaluation": tokens / len(trained),
             "seconds_evaluation": seconds / len(trained),
         }
+        if scores is not None:
+            measurements[n]["scores"] = scores[place]
     return measurements
 
 
@@ -118,12 +167,15 @@ def _finetune(rows: np.ndarray, seed: int, finetuner: LeafFinetuner, adapter: Pa
     try:
         finetune = finetuner.finetune(rows, seed, adapter)
     except FinetuneError as error:
-        return {"reason": str(error), "seconds_training": time.monotonic() - started}
-    return {
-        "reason": "",
-        "rows": finetune.rows,
-        "steps": finetune.steps,
-        "loss": finetune.loss,
-        "tokens_training": finetune.tokens,
-        "seconds_training": time.monotonic() - started,
-    }
+        said = str(error)
+    else:
+        return {
+            "reason": "",
+            "rows": finetune.rows,
+            "steps": finetune.steps,
+            "loss": finetune.loss,
+            "tokens_training": finetune.tokens,
+            "seconds_training": time.monotonic() - started,
+        }
+    free_memory()
+    return {"reason": said, "seconds_training": time.monotonic() - started}

@@ -1,0 +1,71 @@
+"""What is done with a finished measurement, wherever it was made: it is recorded here, on the main process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..processes import from_main, is_main
+from ..rundir import RunDir
+
+logger = logging.getLogger(__name__)
+
+# What the event log tells of a measurement.
+_TOLD = ("seconds_training", "seconds_evaluation", "tokens_training", "tokens_evaluation")
+
+
+def measurement_file(leaf: int, seed: int) -> str:
+    """Name of the file of one measurement in the run directory."""
+    return f"measurements/{leaf}-{seed}.npz"
+
+
+def left_to_measure(run: RunDir, todo: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those pairs of leaf and seed that the run directory does not hold yet."""
+
+    def look() -> list[tuple[int, int]]:
+        left = [pair for pair in todo if not run.holds(measurement_file(*pair))]
+        run.log("planned", leaves=len(todo), measured=len(todo) - len(left))
+        return left
+
+    return from_main(look)
+
+
+def progress_of(todo: Sequence[tuple[int, int]], left: Sequence[tuple[int, int]]) -> tqdm:
+    """The progress bar of a run that has `left` of `todo` to measure."""
+    return tqdm(
+        total=len(todo), initial=len(todo) - len(left), desc="Measuring leaves", unit="leaf", disable=not is_main()
+    )  # fmt: skip
+
+
+def record(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any], progress: tqdm) -> None:
+    """Write one finished measurement into the run directory, and say so.
+
+    Args:
+        run: The run directory.
+        leaf: The leaf.
+        seed: Seed of the finetune.
+        measurement: What the file holds; its `reason` is empty, or says why there are no scores.
+        progress: Moves on by one.
+    """
+    if measurement["reason"]:
+        logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
+    from_main(partial(_keep, run, leaf, seed, measurement))
+    progress.update()
+
+
+def record_base(run: RunDir, measurement: dict[str, Any]) -> None:
+    """Write the scores of the base model into the run directory, and say so."""
+    run.write_arrays("base.npz", **measurement)
+    seconds = round(float(measurement["seconds"]), 3)
+    run.log("base", seconds_evaluation=seconds, tokens_evaluation=int(measurement["tokens"]))
+
+
+def _keep(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any]) -> None:
+    run.write_arrays(measurement_file(leaf, seed), **measurement)
+    told = {name: round(float(measurement.get(name, 0)), 3) for name in _TOLD}
+    failed = {"reason": measurement["reason"]} if measurement["reason"] else {}
+    run.log("leaf", leaf=leaf, seed=seed, **told, **failed)

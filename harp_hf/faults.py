@@ -1,0 +1,95 @@
+"""Keeps one measurement that runs out of memory or out of time from ending the run."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from .errors import ConfigError, FinetuneError, HarpError, reason
+
+# What allocators say, where they raise a plain RuntimeError.
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+class _TimeIsUp(BaseException):
+    """Passes every `except Exception` of the libraries underneath."""
+
+
+@contextmanager
+def contained(limit: float | None = None, *, alone: bool = True) -> Iterator[None]:
+    """Make [`FinetuneError`] of running out of memory, or of time.
+
+    Args:
+        limit: Seconds, by a clock that does not jump; `None` for any time. A signal (SIGALRM) ends the work, so that
+            it needs the main thread, and a single call of C code runs to its end first.
+        alone: Whether this process shares the work with no other. Others would wait for this one, so without it
+            there is no limit, and running out of memory ends the run.
+
+    Raises:
+        FinetuneError: There was not enough memory or time.
+        ConfigError: There is a limit, and this is not the main thread.
+    """
+    try:
+        with _alarm(limit if alone else None):
+            yield
+        return
+    except _TimeIsUp:
+        said = f"it took longer than measurement_timeout={limit:g} seconds"
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = f"out of memory ({reason(error)})"
+    # Outside `except`, so that the error does not keep the frames alive that hold the memory.
+    raise FinetuneError(said) if alone else HarpError(f"A measurement failed: {said}.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a GPU, ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def free_memory() -> None:
+    """Give back what a failed measurement held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module of a model back in its place afterwards, as an adapter that is half on cannot be unloaded."""
+    before = dict(model.named_modules(remove_duplicate=False))
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if name and model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+
+
+@contextmanager
+def _alarm(seconds: float | None) -> Iterator[None]:
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError("`measurement_timeout` needs the main thread: measure there, or set it to None.")
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
