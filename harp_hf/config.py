@@ -62,7 +62,7 @@ class HarpConfig(SFTConfig):
             How an answer is scored: `"exact_match"`, `"choice"`, `"numeric"`, `"contains"`, `"likelihood"`,
             `"choice_likelihood"` (the share of the right answer in the likelihoods of the choices), or `"auto"`:
             `"choice"` for tasks whose rows have choices, `"exact_match"` for the others. `"auto_likelihood"` is its
-            smooth and less noisy counterpart: `"choice_likelihood"` and `"likelihood"`.
+            smooth counterpart: `"choice_likelihood"` and `"likelihood"`.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest answer generated for the metrics that generate (`"numeric"`, `"contains"`, callables).
         backend (`str`, *optional*, defaults to `"auto"`):

@@ -204,7 +204,7 @@ class LeafFinetuner:
         read = pool.with_format(None).select_columns(training_columns(pool, self.args.dataset_text_field))
         numbered = read.add_column("harp_row", np.arange(len(pool)))
         args = self._leaf_args(self.args.seed)
-        args.packing, args.padding_free, args.max_length, args.report_to = False, False, self.args.max_length, []
+        args.packing, args.padding_free, args.report_to = False, False, []
         try:
             with quiet(), self._restored():
                 trainer = SFTTrainer(
@@ -236,6 +236,8 @@ class LeafFinetuner:
     def _finetune(self, rows: np.ndarray, seed: int, adapter: Path) -> Finetune:
         args = self._leaf_args(seed)
         args.run_name = run_name(args, adapter.name)
+        if args.padding_free:  # the pool is truncated already, and no token of a batch is padding
+            args.max_length, args.include_num_input_tokens_seen = None, "all"
         kept = np.flatnonzero(np.isin(self._row, rows))
         if len(kept) == 0:
             raise FinetuneError(f"all {len(rows)} rows were lost to truncation to max_length={args.max_length}")
@@ -276,8 +278,6 @@ class LeafFinetuner:
         # Ours says how much harp_hf tells; a trainer would tell as much of every leaf.
         args.log_level = "debug" if args.log_level == "debug" else "passive"
         args.include_num_input_tokens_seen = "non_padding"
-        if args.padding_free:  # the pool is truncated already, and no token of a batch is padding
-            args.max_length, args.include_num_input_tokens_seen = None, "all"
         return args
 
     @contextmanager

@@ -9,8 +9,12 @@ import numpy as np
 
 from .effects import measured_effects
 from .errors import HarpError
-from .execution.record import measurement_file
 from .rundir import RunDir
+
+
+def measurement_file(leaf: int, seed: int) -> str:
+    """Name of the file of one measurement in the run directory."""
+    return f"measurements/{leaf}-{seed}.npz"
 
 
 @dataclass(frozen=True, eq=False)

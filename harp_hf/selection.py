@@ -111,7 +111,7 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
     matrix = _timed(run, "features", lambda: load_features(
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
     ))  # fmt: skip
-    hierarchy = _timed(run, "hierarchy", lambda: _load_hierarchy(run, matrix, args))
+    hierarchy = _timed(run, "hierarchy", lambda: load_hierarchy(run, matrix, args))
     similarity = None
     if args.similarity and not comparable(given.pool, given.proxy, given.features):
         logger.info("The proxy set has no features of its own, so similarity to it is not used.")
@@ -157,7 +157,8 @@ def _claim(run: RunDir, manifest: dict[str, Any], config: dict[str, Any]) -> Non
         raise RunDirError(f"The run directory {run.path} must be on a file system that all processes share.")
 
 
-def _load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierarchy:
+def load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierarchy:
+    """The hierarchy of the pool, built once a run directory."""
     if not run.holds("hierarchy.npz"):
         built = build_hierarchy(matrix, leaf_size=args.leaf_size, branching=args.branching, seed=args.seed)
         run.write_arrays("hierarchy.npz", **built.arrays())

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .hierarchy import Hierarchy
-from .posterior import solve, standardise
+from .kriging import grid_weights, solve
+from .posterior import standardise
 from .priors import Prior, correlations
 
 # Half the width of a 90 % interval, in standard deviations.
@@ -118,20 +119,16 @@ def weighted_means(
         at = weights @ z
         common = slope_variance * np.outer(at, z[measured])
         fixed = slope_variance * np.outer(z[measured], z[measured])
-        means, squared, weight = [], [], []
+        means, squared = [], []
         for correlation, shared, level_of in zip(model.among, across, within, strict=True):
-            precision, trend, level, log_likelihood = solve(
-                y, model.noise[:, d], correlation, signal, leaf, fixed
-            )  # fmt: skip
+            precision, trend, level = solve(model.noise[:, d], correlation, signal, leaf, fixed)
             c = signal[:, None, None] * shared + leaf[:, None, None] * own + common
             found = (trend @ y)[:, None] + np.einsum("psm,pm->ps", c, precision @ y)
             before = signal[:, None] * level_of + leaf[:, None] * squares + level[:, None] + slope_variance * at**2
             explained = np.einsum("psm,psm->ps", c @ precision + 2 * trend[:, None], c)
             means.append(found)
             squared.append(found**2 + np.maximum(before - explained, 0))
-            weight.append(log_likelihood + model.log_prior)
-        share = np.exp(np.array(weight) - np.max(weight))
-        share /= share.sum()
+        share = grid_weights(model.likelihoods[d], model.log_prior, slope, slope_variance)
         averaged = np.einsum("kp,kps->s", share, np.array(means))
         spread = np.einsum("kp,kps->s", share, np.array(squared)) - averaged**2
         mean[:, d] = (averaged + centre + slope * at) * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -98,3 +99,11 @@ def config(tmp_path):
         return HarpConfig(**(settings | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Real processes that come with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harp_hf.selection", "faiss"])
+    return context

@@ -4,7 +4,6 @@ import gc
 import io
 import json
 import logging
-import multiprocessing
 import os
 import re
 import resource
@@ -147,14 +146,6 @@ def work(folder, data, order=None, point=0):
     LeafFinetuner.finetune = counted
     notice(moment)
     select(folder, data)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Real processes that come with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harp_hf.selection", "faiss"])
-    return context
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,14 @@ def test_rows_lost_to_truncation_are_not_counted(tiny_model, config, tmp_path):
         finetuner.finetune(np.array([1, 3]), 0, tmp_path / "b")
 
 
-def test_without_padding_the_same_is_learnt_from_the_same_tokens(tiny_model, config, tmp_path):
+def test_without_padding_the_same_is_learnt_from_the_same_tokens(tiny_model, config, tmp_path, monkeypatch):
+    batches, compute_loss = [], LeafTrainer.compute_loss
+
+    def seen(self, model, inputs, *args, **kwargs):
+        batches.append(inputs["input_ids"].shape)
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LeafTrainer, "compute_loss", seen)
     rows = [{"prompt": "red blue " * (1 + n % 5), "completion": "green" if n % 2 else "red green"} for n in range(24)]
     done = []
     for free in (False, True):
@@ -108,6 +115,9 @@ def test_without_padding_the_same_is_learnt_from_the_same_tokens(tiny_model, con
     padded, free = done
     assert (free.tokens, free.steps, free.rows.tolist()) == (padded.tokens, padded.steps, padded.rows.tolist())
     assert free.loss == pytest.approx(padded.loss, rel=1e-5)
+    wide, flat = batches[: padded.steps], batches[padded.steps :]
+    assert {height for height, _ in flat} == {1}
+    assert sum(width for _, width in flat) == free.tokens < sum(height * width for height, width in wide)
 
 
 def test_a_pool_that_is_all_lost_to_truncation_is_refused(tiny_model, pool, config):

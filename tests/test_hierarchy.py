@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harp_hf.clustering import mean_directions
 from harp_hf.errors import HarpError
-from harp_hf.hierarchy import CROWD, Hierarchy, _centroids, _rebalance, _search, build_hierarchy
+from harp_hf.hierarchy import CROWD, Hierarchy, build_hierarchy
+from harp_hf.refinement import rebalance, search
 
 FIELDS = ("leaf", "parent", "large", "centroids", "parent_centroids", "distance")
 
@@ -197,7 +199,7 @@ def test_leaves_that_many_rows_leave_are_dissolved_and_wide_ones_divided() -> No
     features = unit(np.repeat(np.eye(8)[:2], [30, 90], axis=0) + 0.1 * rng.normal(size=(120, 8)))
     leaf = np.concatenate([np.arange(30) // 5, np.full(90, 6)]).astype(np.int32)
     parent = np.array([0, 0, 0, 1, 1, 1, 2])
-    after, came = _rebalance(features, leaf, parent, _centroids(features, leaf, 7), 20, rng)
+    after, came = rebalance(features, leaf, parent, mean_directions(features, leaf, 7), 20, rng)
     sizes = np.bincount(after)
     assert 5 <= len(sizes) <= 8
     assert sizes.min() >= 10
@@ -207,11 +209,11 @@ def test_leaves_that_many_rows_leave_are_dissolved_and_wide_ones_divided() -> No
 
 
 def test_rows_find_their_leaf_in_any_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harp_hf.hierarchy.PROBES", 2)
-    monkeypatch.setattr("harp_hf.hierarchy.SEARCHED", 7)
+    monkeypatch.setattr("harp_hf.refinement.PROBES", 2)
+    monkeypatch.setattr("harp_hf.refinement.SEARCHED", 7)
     right = np.repeat(np.arange(8), 10).astype(np.int32)
     features = unit(np.eye(8)[right] + 0.1 * np.random.default_rng(7).normal(size=(80, 8)))
     leaf = right.copy()
     leaf[[0, 35, 79]] = [7, 0, 1]
-    _search(features, leaf, np.arange(8) // 2, _centroids(features, right, 8))
+    search(features, leaf, np.arange(8) // 2, mean_directions(features, right, 8))
     assert np.array_equal(leaf, right)

@@ -8,19 +8,8 @@ from hypothesis import strategies as st
 from harp_hf.effects import PRIOR_ROWS, active_tasks, measured_effects
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
-from harp_hf.posterior import (
-    SLOPE_SD,
-    SLOPE_SPREADS,
-    Trend,
-    _quadratic_form,
-    _with_trend,
-    average,
-    infer,
-    likelihoods,
-    pooled_slope,
-    slope,
-    solve,
-)
+from harp_hf.kriging import Trend, _quadratic_form, average, grid_weights, likelihoods, solve
+from harp_hf.posterior import SLOPE_SD, SLOPE_SPREADS, infer, pooled_slope, slope
 
 PRIORS = ("smooth", "nested")
 
@@ -145,10 +134,15 @@ def no_trend(m, u):
 
 
 def fixed(y, noise, among, across, signal, leaf):
-    return average(
+    return averaged(
         np.array(y, float), np.array(noise, float), np.array([among], float), np.array([across], float),
         np.array([signal]), np.array([leaf]), np.zeros(1), no_trend(len(y), len(across)),
     )  # fmt: skip
+
+
+def averaged(y, noise, among, across, signal, leaf, log_prior, trend):
+    known = likelihoods(y, trend.measured, noise, among, signal, leaf)
+    return average(y, noise, among, across, signal, leaf, log_prior, trend, known)
 
 
 def test_one_measurement_of_two_related_leaves_by_hand() -> None:
@@ -191,7 +185,7 @@ def test_a_trend_gives_the_gaussian_conditional_of_effects_with_a_random_slope()
     rng = np.random.default_rng(5)
     y, noise, correlation = random_case(5)
     z, others = rng.normal(size=5), rng.normal(size=4)
-    found = average(
+    found = averaged(
         y, noise, correlation[None, :5, :5], correlation[None, 5:, :5], np.array([0.7]), np.array([0.2]), np.zeros(1),
         Trend(z, others, 0.4, 0.3),
     )  # fmt: skip
@@ -213,10 +207,11 @@ def test_a_slope_is_that_of_generalised_least_squares() -> None:
     design = np.stack([np.ones(5), z], axis=1)
     information = design.T @ np.linalg.solve(covariance, design)
     expected = np.linalg.solve(information, design.T @ np.linalg.solve(covariance, y))
-    estimate, variance = slope(y, noise, among, np.array([0.7]), np.array([0.2]), np.zeros(1), z)
+    known = likelihoods(y, z, noise, among, np.array([0.7]), np.array([0.2]))
+    estimate, variance = slope(known, np.zeros(1), z)
     assert estimate == pytest.approx(expected[1], abs=1e-5)
     assert variance == pytest.approx(np.linalg.inv(information)[1, 1], abs=1e-5)
-    assert slope(y, noise, among, np.ones(1), np.ones(1), np.zeros(1), np.ones(5)) == (0.0, np.inf)
+    assert slope(known, np.zeros(1), np.full(5, 0.1)) == (0.0, np.inf)
 
 
 def test_tasks_tell_each_other_how_far_similarity_can_be_believed() -> None:
@@ -250,30 +245,42 @@ def test_the_average_weighs_by_restricted_likelihood_and_adds_the_spread_of_mean
     weights = np.array(weights) / np.sum(weights)
     mean = weights @ np.array(means)
     variance = weights @ (np.array(variances) + (np.array(means) - mean) ** 2)
-    parts = average(
+    parts = averaged(
         y, noise, correlations[:, :5, :5], correlations[:, 5:, :5], signal, leaf, log_prior, no_trend(5, 4)
     )  # fmt: skip
     assert np.concatenate([parts.measured_mean, parts.other_mean]) == pytest.approx(mean, abs=1e-6)
     assert np.concatenate([parts.measured_variance, parts.other_variance]) == pytest.approx(variance, abs=1e-6)
 
 
-def test_likelihoods_without_a_slope_tell_those_with_one() -> None:
+def test_likelihoods_without_a_slope_tell_the_weights_with_one() -> None:
     y, noise, correlation = random_case(7)
     z = np.random.default_rng(7).normal(size=5)
     among = np.stack([correlation, correlation**3])[:, :5, :5]
-    signal, leaf = np.array([0.0, 0.7]), np.array([0.3, 0.2])
+    signal, leaf, log_prior = np.array([0.0, 0.7]), np.array([0.3, 0.2]), np.array([0.2, 0.0])
+    contrasts = np.linalg.svd(np.ones((1, 5)))[2][1:]
+
+    def restricted(y, covariance):
+        """Log-likelihood of the contrasts, in which the mean plays no part."""
+        inner = contrasts @ covariance @ contrasts.T
+        seen = contrasts @ y
+        return -0.5 * (np.linalg.slogdet(inner)[1] + seen @ np.linalg.solve(inner, seen))
+
     known = likelihoods(y, z, noise, among, signal, leaf)
+    with_slope = np.empty((2, 2))
     for k, matrix in enumerate(among):
-        precision, _, _, log_likelihood = solve(y, noise, matrix, signal, leaf)
-        assert known[0, k] == pytest.approx(log_likelihood)
+        precision = solve(noise, matrix, signal, leaf)[0]
         assert known[1, k] == pytest.approx(precision @ y @ z)
         assert known[2, k] == pytest.approx(precision @ z @ z)
-        with_slope = solve(y - 0.4 * z, noise, matrix, signal, leaf, 0.3 * np.outer(z, z))[3]
-        assert _with_trend(known, 0.4, 0.3)[k] == pytest.approx(with_slope)
+        for j in range(2):
+            covariance = signal[j] * matrix + np.diag(noise + leaf[j])
+            assert known[0, k, j] == pytest.approx(restricted(y, covariance))
+            with_slope[k, j] = restricted(y - 0.4 * z, covariance + 0.3 * np.outer(z, z)) + log_prior[j]
+    expected = np.exp(with_slope) / np.exp(with_slope).sum()
+    assert grid_weights(known, log_prior, 0.4, 0.3) == pytest.approx(expected)
 
 
 def test_a_quadratic_form_of_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harp_hf.posterior._BLOCK", 4)
+    monkeypatch.setattr("harp_hf.kriging._BLOCK", 4)
     rng = np.random.default_rng(8)
     near, last, linear = rng.normal(size=(9, 3)), rng.normal(size=9), rng.normal(size=4)
     quadratic = rng.normal(size=(4, 4))

@@ -1,6 +1,5 @@
 """A run that is killed loses nothing: what is measured stays measured, and the result is that of a run left alone."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -74,14 +73,6 @@ def kill_at(name, number, part):
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Real processes that come with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harp_hf.selection", "faiss"])
-    return context
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..execution.tools import open_tools
 from ..features import load_features, load_proxy_features, pool_texts, proxy_texts
-from ..hierarchy import Hierarchy, build_hierarchy
 from ..rundir import RunDir
+from ..selection import load_hierarchy
 from .selector import Problem
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ def open_problem(
     matrix = load_features(
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed
     )
-    if not run.holds("hierarchy.npz"):
-        built = build_hierarchy(matrix, leaf_size=args.leaf_size, branching=args.branching, seed=args.seed)
-        run.write_arrays("hierarchy.npz", **built.arrays())
 
     @cache
     def compared() -> np.ndarray:
@@ -62,7 +59,7 @@ def open_problem(
         texts=lambda: pool_texts(given.pool, args.dataset_text_field, given.decode),
         proxy_texts=proxy_texts(given.proxy),
         proxy=given.proxy,
-        hierarchy=Hierarchy(**run.read_arrays("hierarchy.npz")),
+        hierarchy=load_hierarchy(run, matrix, args),
         run=run,
         finetuner=finetuner,
         evaluator=evaluator,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..execution.local import base_scores, measure_leaves
-from ..execution.record import measurement_file
+from ..measurements import measurement_file
 from ..rundir import RunDir
 from .selector import Cost, Problem
 

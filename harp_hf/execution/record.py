@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..measurements import measurement_file
 from ..processes import from_main, is_main
 from ..rundir import RunDir
 
@@ -16,11 +17,6 @@ logger = logging.getLogger(__name__)
 
 # What the event log tells of a measurement.
 _TOLD = ("seconds_training", "seconds_evaluation", "tokens_training", "tokens_evaluation")
-
-
-def measurement_file(leaf: int, seed: int) -> str:
-    """Name of the file of one measurement in the run directory."""
-    return f"measurements/{leaf}-{seed}.npz"
 
 
 def left_to_measure(run: RunDir, todo: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
@@ -31,12 +30,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from datasets import Dataset
+from measurement_table import PHASES, WAYS, markdown
 from peft import PeftConfig, PeftModel, get_peft_model
+from results_file import read_results
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from harp_hf import HarpConfig
-from harp_hf.errors import ConfigError, DataError, HarpError, reason
+from harp_hf.errors import ConfigError, DataError, HarpError
 from harp_hf.evaluation.rows import ProxyRows
 from harp_hf.evaluation.scoring import resolve_metrics
 from harp_hf.evaluation.transformers import TransformersEvaluator
@@ -56,11 +57,6 @@ from harp_hf.quiet import quiet
 from harp_hf.rundir import RunDir
 from harp_hf.settings import changed_settings, load_settings
 
-WAYS = ("plain", "harp_hf", "bare")
-PHASES = ("preparing", "finetuning", "evaluating")
-# How many times faster than another way `harp_hf` is to be.
-GOALS = {"plain": 4.0, "bare": 0.9}
-
 
 def main(argv: list[str] | None = None) -> None:
     """Make the measurements that are missing and print the table."""
@@ -77,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": changed_settings(args), "rows": asked.rows, "threads": torch.get_num_threads(),
         "device": args.device.type,
     }  # fmt: skip
-    known = read_results(asked.results, settings)
+    known = {"once": {}, "measurements": []} | read_results(asked.results, settings)
     turns = [(repeat, way) for repeat in range(asked.repeats) for way in WAYS]
     done = {(one["repeat"], one["way"]) for one in known["measurements"]}
     if set(turns) - done:
@@ -92,26 +88,6 @@ def main(argv: list[str] | None = None) -> None:
                     RunDir(asked.results.parent).write_json(asked.results.name, known)
                     print(known["measurements"][-1], flush=True)
     print(markdown(known))
-
-
-def read_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is measured already.
-
-    Raises:
-        DataError: The file is damaged or was made with other settings.
-    """
-    plain = json.loads(json.dumps(settings))
-    if not path.exists():
-        return {"settings": plain, "once": {}, "measurements": []}
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        before = known["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"The results file {path} is damaged: {reason(error)}.") from error
-    for name in plain:
-        if before.get(name) != plain[name]:
-            raise DataError(f"The results in {path} were made with another {name}: use another --results.")
-    return known
 
 
 @dataclass
@@ -306,63 +282,6 @@ class Benchmark:
                 right[i] |= all(hits[longest - len(answer) :])
             count += int(mask.sum())
         return float(right.mean()), count
-
-
-def markdown(known: dict[str, Any]) -> str:
-    """What is measured as a table in Markdown, and whether the goals are met."""
-    by_way = {way: sorted((one for one in known["measurements"] if one["way"] == way), key=lambda one: one["repeat"])
-              for way in WAYS}  # fmt: skip
-    lines = [
-        "| way | measurements | preparing, s | finetuning, s | evaluating, s | together, s | processor, s | "
-        "tokens trained | tokens evaluated | training loss | exact match |",
-        "|---" * 11 + "|",
-    ]
-    for way, found in by_way.items():
-        if found:
-            phases = [f"{np.median([one['seconds'][phase] for one in found]):.2f}" for phase in PHASES]
-            means = [np.mean([one[name] for one in found]) for name in ("loss", "exact_match")]
-            tokens = found[0]["tokens"]
-            lines.append(
-                f"| {way} | {len(found)} | {' | '.join(phases)} | {_spread(_total(found, 'seconds'), '.2f')} | "
-                f"{_spread(_total(found, 'processor'), '.2f')} | {tokens['training']:,} | {tokens['evaluation']:,} | "
-                f"{means[0]:.4f} | {means[1]:.3f} |"
-            )
-    lines += ["", "Seconds are medians; in brackets stand the least and the most."]
-    if known["once"]:
-        loading, tokenising = known["once"]["loading"], known["once"]["tokenising"]
-        lines.append(
-            f"`harp_hf` loads once in {loading:.2f} s, and tokenises pool and proxy set in {tokenising:.2f} s."
-        )
-    lines.append("")
-    harp = by_way["harp_hf"]
-    for way, goal in GOALS.items():
-        other = by_way[way]
-        if not harp or not other:
-            lines.append(f"Goal, at least {goal:g}x the speed of `{way}`: not measured.")
-            continue
-        told = [_ratios(other, harp, kind) for kind in ("seconds", "processor")]
-        met = np.median(_total(other, "seconds")) / np.median(_total(harp, "seconds")) >= goal
-        lines.append(
-            f"Goal, at least {goal:g}x the speed of `{way}`: {'met' if met else 'not met'}, {told[0]} by the clock, "
-            f"{told[1]} by the processor; finetuning {_ratios(other, harp, 'seconds', 'preparing', 'finetuning')}, "
-            f"evaluating {_ratios(other, harp, 'seconds', 'evaluating')}."
-        )
-    return "\n".join(lines)
-
-
-def _total(found: list[dict[str, Any]], kind: str, *phases: str) -> list[float]:
-    return [sum(one[kind][phase] for phase in phases or PHASES) for one in found]
-
-
-def _ratios(other: list[dict[str, Any]], harp: list[dict[str, Any]], kind: str, *phases: str) -> str:
-    """Ratio of the medians, and the least and the largest ratio of a turn."""
-    theirs, ours = _total(other, kind, *phases), _total(harp, kind, *phases)
-    turns = [a / b for a, b in zip(theirs, ours, strict=False)]
-    return f"{np.median(theirs) / np.median(ours):.2f}x ({min(turns):.2f} to {max(turns):.2f})"
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

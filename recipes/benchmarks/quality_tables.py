@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results_file import read_results
 
-from harp_hf.errors import DataError, reason
 from harp_hf.intervals import mean_intervals
 from harp_hf.proxy import ProxySet
 from harp_hf.rundir import RunDir
@@ -48,17 +47,7 @@ class Results:
         """
         path = Path(path)
         tasks = dict(zip(test.tasks, np.bincount(test.task).tolist(), strict=True))
-        known = {"settings": json.loads(json.dumps(settings)), "tasks": tasks, "results": []}
-        if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                before = found["settings"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"The results file {path} is damaged: {reason(error)}.") from error
-            for name in sorted(before.keys() | settings.keys()):
-                if before.get(name) != known["settings"].get(name):
-                    raise DataError(f"The results in {path} were made with another {name}: use another --results.")
-            known = found
+        known = {"tasks": tasks, "results": []} | read_results(path, settings)
         return cls(path, tasks, known, np.argsort(test.task, kind="stable"))
 
     @property
