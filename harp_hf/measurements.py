@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .background import RANDOM, Background
 from .effects import measured_effects
 from .errors import HarpError
 from .rundir import RunDir
@@ -14,7 +15,7 @@ from .rundir import RunDir
 
 def measurement_file(leaf: int, seed: int) -> str:
     """Name of the file of one measurement in the run directory."""
-    return f"measurements/{leaf}-{seed}.npz"
+    return f"measurements/{'random' if leaf == RANDOM else leaf}-{seed}.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Measurements:
         rows (`dict[int, np.ndarray]`): Pool rows that each leaf of `leaves` was really trained on.
         cost (`dict[str, float]`): `finetunes`, `tokens_training`, `tokens_evaluation`, `seconds_training`,
             `seconds_evaluation`.
+        background (`Background`, *optional*): The random rows that leaves were measured among; effects are then
+            beyond the scores of these alone.
     """
 
     leaves: np.ndarray
@@ -38,20 +41,28 @@ class Measurements:
     failed: dict[int, str] = field(default_factory=dict)
     rows: dict[int, np.ndarray] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    background: Background | None = None
+
+    @property
+    def reference(self) -> np.ndarray:
+        """(n_proxy,) scores that effects are added to: the base model's, or those after finetuning on random rows."""
+        return self.null if self.background is None else self.background.scores
 
     @classmethod
-    def read(cls, run: RunDir, leaves: np.ndarray, seeds: Sequence[int], null: dict[str, np.ndarray]) -> Measurements:
-        """Collect the measurements of `leaves` with `seeds`.
+    def read(
+        cls, run: RunDir, leaves: np.ndarray, seeds: Sequence[int], null: dict[str, np.ndarray], random_share: float
+    ) -> Measurements:
+        """Collect the measurements of `leaves` with `seeds`, and that of random rows where leaves were among these.
 
         Raises:
-            HarpError: Not one leaf could be measured.
+            HarpError: Not one leaf could be measured, or random rows could not.
         """
         n_proxy = len(null["scores"])
         kept, scores, failed = [], [], {}
         rows: dict[int, np.ndarray] = {}
         cost = {"finetunes": 0.0, "tokens_training": 0.0, "tokens_evaluation": float(null["tokens"])}
         cost |= {"seconds_training": 0.0, "seconds_evaluation": float(null["seconds"])}
-        for leaf in map(int, leaves):
+        for leaf in map(int, [*([RANDOM] if random_share else []), *leaves]):
             repeats, reason = np.full((len(seeds), n_proxy), np.nan), ""
             for r, seed in enumerate(seeds):
                 found = run.read_arrays(measurement_file(leaf, seed))
@@ -67,9 +78,15 @@ class Measurements:
             else:
                 kept.append(leaf)
                 scores.append(repeats)
+        background = None
+        if random_share:
+            if RANDOM in failed:
+                raise HarpError(f"The finetune on random rows failed, and leaves compare to it: {failed[RANDOM]}.")
+            rows.pop(kept.pop(0))
+            background = Background(random_share, seeds[0], np.nanmean(scores.pop(0), axis=0))
         if not kept:
             raise HarpError(f"Not one of {len(failed)} leaves could be measured: {next(iter(failed.values()))}.")
-        return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost)
+        return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost, background)
 
     def effects(self, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
         """(m, n_tasks) effects of the measured leaves and their variances; see [`measured_effects`]."""
@@ -77,4 +94,4 @@ class Measurements:
         if self.scores.shape[1] > 1:
             member = np.eye(n_tasks)[task]
             replicates = self.scores @ (member / member.sum(axis=0))
-        return measured_effects(np.nanmean(self.scores, axis=1), self.null, task, n_tasks, replicates=replicates)
+        return measured_effects(np.nanmean(self.scores, axis=1), self.reference, task, n_tasks, replicates=replicates)

@@ -197,8 +197,11 @@ def _predicted(result: HarpResult) -> dict[Variant, np.ndarray]:
 
 
 def _selection(result: HarpResult, variant: Variant) -> dict[str, int]:
-    rows = result.chosen(replace(result.choice, variant=variant))[0] if result.active().any() else np.array([], int)
-    return {"rows": len(rows), "leaves": len(np.unique(result.hierarchy.leaf[rows]))}
+    if not result.active().any():
+        return {"rows": 0, "leaves": 0}
+    choice = replace(result.choice, variant=variant)
+    rows, leaves = result.chosen(choice)[0], result.chosen_leaves(choice)
+    return {"rows": len(rows), "leaves": len(leaves)}
 
 
 def _smoothness(result: HarpResult) -> Any:

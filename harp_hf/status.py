@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import events
+from .background import RANDOM
 from .errors import RunDirError
 from .rundir import RunDir
 
@@ -60,7 +61,8 @@ class Status:
         else:
             state = f"stopped ({self.ended or 'killed'}); the same command continues it"
         lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"leaves: {self.progress}"]
-        lines += [f"  leaf {leaf}, seed {seed}, failed: {why}" for (leaf, seed), why in sorted(self.failed.items())]
+        for (leaf, seed), why in sorted(self.failed.items()):
+            lines.append(f"  {'random rows' if leaf == RANDOM else f'leaf {leaf}'}, seed {seed}, failed: {why}")
         if self.seconds:
             lines.append(f"time: {sum(self.seconds) / len(self.seconds):.1f} s a leaf{self._remaining()}")
         lines += [

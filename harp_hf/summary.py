@@ -44,6 +44,12 @@ def summarise(result: HarpResult) -> str:
         table.add_section()
         table.add_row("mean of active tasks", "", f"{result.null[active].mean():.3f}", str(active.sum()), *means)
     console.print(table)
+    if result.measurements.background is not None:
+        deciding = active if active.any() else np.ones(len(active), bool)
+        console.print(
+            f"Effects are added to those of random rows alone, which score {result.reference[deciding].mean():.3f} on "
+            f"average of {'the active' if active.any() else 'all'} tasks; each selection ends with random rows."
+        )
 
     measured, cost = result.measurements, result.measurements.cost
     table = Table(title="Selections", show_header=True)
@@ -51,7 +57,7 @@ def summarise(result: HarpResult) -> str:
         table.add_column(name, justify="left" if name == "variant" else "right")
     for variant, choice in choices.items():
         rows = result.chosen(choice)[0] if active.any() else np.array([], int)
-        leaves = len(np.unique(result.hierarchy.leaf[rows]))
+        leaves = len(result.chosen_leaves(choice)) if active.any() else 0
         mark = " (this run's)" if variant == result.choice.variant else ""
         table.add_row(variant.upper() + mark, f"{leaves} of {result.hierarchy.n_leaves}", str(len(rows)),
                       f"{len(result.pool)}")  # fmt: skip

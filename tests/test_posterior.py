@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from harp_hf.effects import PRIOR_ROWS, active_tasks, measured_effects
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
-from harp_hf.kriging import Trend, _quadratic_form, average, grid_weights, likelihoods, solve
+from harp_hf.kriging import Trend, average, grid_weights, likelihoods, solve
 from harp_hf.posterior import SLOPE_SD, SLOPE_SPREADS, infer, pooled_slope, slope
 
 PRIORS = ("smooth", "nested")
@@ -279,15 +279,30 @@ def test_likelihoods_without_a_slope_tell_the_weights_with_one() -> None:
     assert grid_weights(known, log_prior, 0.4, 0.3) == pytest.approx(expected)
 
 
-def test_a_quadratic_form_of_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harp_hf.kriging._BLOCK", 4)
+def family_of_points(spread: float) -> tuple[np.ndarray, ...]:
+    """Effects, noise and correlations of 12 measured leaves, two of them `spread` apart, and 9 others."""
     rng = np.random.default_rng(8)
-    near, last, linear = rng.normal(size=(9, 3)), rng.normal(size=9), rng.normal(size=4)
-    quadratic = rng.normal(size=(4, 4))
-    quadratic += quadratic.T
-    x = np.concatenate([near, last[:, None]], axis=1)
-    expected = [row @ quadratic @ row + linear @ row for row in x]
-    assert _quadratic_form(quadratic, linear, near, last) == pytest.approx(np.array(expected))
+    points = rng.normal(size=(21, 3))
+    points[1] = points[0] + spread
+    correlation = np.exp(-((points[:, None] - points) ** 2).sum(axis=2) / 2)
+    return rng.normal(size=12), rng.uniform(0.05, 0.3, 12), correlation[None, :12, :12], correlation[None, 12:, :12]
+
+
+@pytest.mark.parametrize(
+    ("spread", "noise", "own", "single"), [(1.0, 1.0, 0.2, True), (1.0, 0.0, 0.2, True), (1e-5, 0.0, 0.0, False)]
+)
+def test_single_precision_serves_where_it_changes_next_to_nothing(spread, noise, own, single, monkeypatch) -> None:
+    monkeypatch.setattr("harp_hf.kriging._BLOCK", 4)
+    y, variances, among, across = family_of_points(spread)
+    rng = np.random.default_rng(9)
+    grid = np.array([0.7, 1.4]), np.full(2, own), np.zeros(2)
+    trend = Trend(np.arange(12) // 2 - 2.5, rng.normal(size=9), 0.4, 0.3)
+    found = averaged(y, noise * variances + 1e-8, among, across, *grid, trend)
+    monkeypatch.setattr("harp_hf.kriging._SINGLE", 0)
+    exact = averaged(y, noise * variances + 1e-8, among, across, *grid, trend)
+    assert np.array_equal(found.other_mean, exact.other_mean)
+    assert found.other_variance == pytest.approx(exact.other_variance, rel=0, abs=1e-5)
+    assert np.array_equal(found.other_variance, exact.other_variance) != single
 
 
 # The whole inference

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..background import RANDOM
 from ..measurements import measurement_file
 from ..processes import from_main, is_main
 from ..rundir import RunDir
@@ -48,7 +49,8 @@ def record(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any], progr
         progress: Moves on by one.
     """
     if measurement["reason"]:
-        logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
+        what = "Random rows" if leaf == RANDOM else f"Leaf {leaf}"
+        logger.warning("%s could not be measured: %s.", what, measurement["reason"])
     from_main(partial(_keep, run, leaf, seed, measurement))
     progress.update()
 
