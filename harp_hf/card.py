@@ -143,7 +143,7 @@ def describe(
         model=_named(model, "") if model else "a language model",
         model_argument=shlex.quote(hub_name(model) or printable(public(model)) or "MODEL"),
         variant=result.choice.variant.upper(), budget=result.choice.budget, weights=result.choice.task_weights,
-        tasks=_scores(result), random_rows=random, sample=_sample(rows), notes=result.posterior.notes,
+        tasks=_scores(result), random_rows=random, sample=_sample(rows), notes=result.notes,
         sources=_by_source(result), most_sources=_SOURCES,
         figures=[{"title": f.stem, "path": f"figures/{quote(f.name)}"} for f in figures(result.path)],
         finetunes=f"{cost['finetunes']:.0f}", seconds={k: f"{v:,.0f}" for k, v in result.seconds.items()},

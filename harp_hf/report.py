@@ -137,7 +137,7 @@ def _facts(result: HarpResult) -> dict[str, Any]:
         "leaves": _leaves(result),
         "examples": _examples(result),
         "over": _over(result),
-        "notes": result.posterior.notes,
+        "notes": result.notes,
     }  # fmt: skip
 
 

@@ -186,6 +186,18 @@ class HarpResult:
         """(D,) mean score on each task that effects are added to; see [`Measurements.reference`]."""
         return np.bincount(self.task, self.measurements.reference) / np.bincount(self.task)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for each circumstance that a reader of the effects should know."""
+        if self.measurements.background is None:
+            return self.posterior.notes
+        return (
+            "Leaves were measured among random rows: effects are what they add to a finetune on random rows alone, "
+            f"which scores {self.reference.mean():.3f} on average of the tasks (base model: {self.null.mean():.3f}). "
+            "A selection ends with random rows.",
+            *self.posterior.notes,
+        )
+
     def explain(self, row: int) -> dict[str, Any]:
         """Why a row of the pool was chosen or not.
 

@@ -44,12 +44,6 @@ def summarise(result: HarpResult) -> str:
         table.add_section()
         table.add_row("mean of active tasks", "", f"{result.null[active].mean():.3f}", str(active.sum()), *means)
     console.print(table)
-    if result.measurements.background is not None:
-        deciding = active if active.any() else np.ones(len(active), bool)
-        console.print(
-            f"Effects are added to those of random rows alone, which score {result.reference[deciding].mean():.3f} on "
-            f"average of {'the active' if active.any() else 'all'} tasks; each selection ends with random rows."
-        )
 
     measured, cost = result.measurements, result.measurements.cost
     table = Table(title="Selections", show_header=True)
@@ -80,7 +74,7 @@ def summarise(result: HarpResult) -> str:
     console.print(f"Seconds: {', '.join(spent)}.")
     for leaf, reason in measured.failed.items():
         console.print(f"Leaf {leaf} was not measured: {printable(reason)}.")
-    for note in result.posterior.notes:
+    for note in result.notes:
         console.print(f"Note: {note}")
     return console.file.getvalue()
 
