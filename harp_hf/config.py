@@ -61,8 +61,9 @@ class HarpConfig(SFTConfig):
             estimated.
         random_share (`float`, *optional*, defaults to `0.0`):
             Share of random pool rows in every leaf finetune, below 1. Above 0, effects are what a leaf's rows add to
-            random rows, which one more finetune measures alone, and each task's rows of a selection are random ones in
-            the part that this suggests. `0.0` measures leaves alone, as the paper does.
+            random rows, whose own scores a few more finetunes measure (the root of `max_measurements`), and each
+            task's rows of a selection are random ones in the part that this suggests. `0.0` measures leaves alone, as
+            the paper does.
         metric (`str`, *optional*, defaults to `"auto"`):
             How an answer is scored: `"exact_match"`, `"choice"`, `"numeric"`, `"contains"`, `"likelihood"`,
             `"choice_likelihood"` (the share of the right answer in the likelihoods of the choices), or `"auto"`:

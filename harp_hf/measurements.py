@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .background import RANDOM, Background
+from .background import Background, controls
 from .effects import measured_effects
 from .errors import HarpError
 from .rundir import RunDir
@@ -15,7 +15,7 @@ from .rundir import RunDir
 
 def measurement_file(leaf: int, seed: int) -> str:
     """Name of the file of one measurement in the run directory."""
-    return f"measurements/{'random' if leaf == RANDOM else leaf}-{seed}.npz"
+    return f"measurements/{leaf if leaf >= 0 else f'random-{-leaf}'}-{seed}.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,8 @@ class Measurements:
 
     @property
     def reference(self) -> np.ndarray:
-        """(n_proxy,) scores that effects are added to: the base model's, or those after finetuning on random rows."""
-        return self.null if self.background is None else self.background.scores
+        """(n_proxy,) scores that effects are added to: the base model's, or the mean after random rows alone."""
+        return self.null if self.background is None else self.background.scores.mean(axis=0)
 
     @classmethod
     def read(
@@ -59,10 +59,11 @@ class Measurements:
         """
         n_proxy = len(null["scores"])
         kept, scores, failed = [], [], {}
+        among = controls(len(leaves)) if random_share else []
         rows: dict[int, np.ndarray] = {}
         cost = {"finetunes": 0.0, "tokens_training": 0.0, "tokens_evaluation": float(null["tokens"])}
         cost |= {"seconds_training": 0.0, "seconds_evaluation": float(null["seconds"])}
-        for leaf in map(int, [*([RANDOM] if random_share else []), *leaves]):
+        for leaf in map(int, [*among, *leaves]):
             repeats, reason = np.full((len(seeds), n_proxy), np.nan), ""
             for r, seed in enumerate(seeds):
                 found = run.read_arrays(measurement_file(leaf, seed))
@@ -80,10 +81,14 @@ class Measurements:
                 scores.append(repeats)
         background = None
         if random_share:
-            if RANDOM in failed:
-                raise HarpError(f"The finetune on random rows failed, and leaves compare to it: {failed[RANDOM]}.")
-            rows.pop(kept.pop(0))
-            background = Background(random_share, seeds[0], np.nanmean(scores.pop(0), axis=0))
+            count = sum(leaf < 0 for leaf in kept)
+            if not count:
+                raise HarpError(f"The finetunes on random rows failed, and leaves compare to them: {failed[-1]}.")
+            background = Background(random_share, seeds[0], np.nanmean(scores[:count], axis=1))
+            for control in kept[:count]:
+                rows.pop(control)
+            kept, scores = kept[count:], scores[count:]
+            failed = {leaf: why for leaf, why in failed.items() if leaf >= 0}
         if not kept:
             raise HarpError(f"Not one of {len(failed)} leaves could be measured: {next(iter(failed.values()))}.")
         return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost, background)
@@ -94,4 +99,12 @@ class Measurements:
         if self.scores.shape[1] > 1:
             member = np.eye(n_tasks)[task]
             replicates = self.scores @ (member / member.sum(axis=0))
-        return measured_effects(np.nanmean(self.scores, axis=1), self.reference, task, n_tasks, replicates=replicates)
+        effects, variances = measured_effects(
+            np.nanmean(self.scores, axis=1), self.reference, task, n_tasks, replicates=replicates
+        )
+        if self.background is not None:
+            # Repeats of leaves, where there are any, already tell how far a leaf's own runs differ.
+            own = 1 if replicates is None else 0
+            run_variance = self.background.run_variance(task, n_tasks)
+            variances = variances + run_variance * (own + 1 / len(self.background.scores))
+        return effects, variances

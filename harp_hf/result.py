@@ -192,8 +192,8 @@ class HarpResult:
         if self.measurements.background is None:
             return self.posterior.notes
         return (
-            "Leaves were measured among random rows: effects are what they add to a finetune on random rows alone, "
-            f"which scores {self.reference.mean():.3f} on average of the tasks (base model: {self.null.mean():.3f}). "
+            "Leaves were measured among random rows: effects are what they add to finetunes on random rows alone, "
+            f"which score {self.reference.mean():.3f} on average of the tasks (base model: {self.null.mean():.3f}). "
             "A selection ends with random rows.",
             *self.posterior.notes,
         )

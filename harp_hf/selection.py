@@ -16,7 +16,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DatasetMixtureConfig
 
-from .background import RANDOM, rows_to_finetune_on
+from .background import controls, rows_to_finetune_on
 from .config import HarpConfig
 from .design import choose_leaves
 from .errors import RunDirError
@@ -122,7 +122,8 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))
 
     seeds = range(args.seed, args.seed + args.num_repeats)
-    todo = [(g, s) for s in seeds for g in [*([RANDOM] if args.random_share else []), *leaves.tolist()]]
+    among = controls(len(leaves)) if args.random_share else []
+    todo = [(g, s) for s in seeds for g in [*among, *leaves.tolist()]]
     with stage(run, "measurements"):
         null = _executor(args)(run, todo, rows_to_finetune_on(hierarchy, args), given, args)
 

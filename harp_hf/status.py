@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from . import events
-from .background import RANDOM
 from .errors import RunDirError
 from .rundir import RunDir
 
@@ -62,7 +61,7 @@ class Status:
             state = f"stopped ({self.ended or 'killed'}); the same command continues it"
         lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"leaves: {self.progress}"]
         for (leaf, seed), why in sorted(self.failed.items()):
-            lines.append(f"  {'random rows' if leaf == RANDOM else f'leaf {leaf}'}, seed {seed}, failed: {why}")
+            lines.append(f"  {f'leaf {leaf}' if leaf >= 0 else f'random rows {-leaf}'}, seed {seed}, failed: {why}")
         if self.seconds:
             lines.append(f"time: {sum(self.seconds) / len(self.seconds):.1f} s a leaf{self._remaining()}")
         lines += [

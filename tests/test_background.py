@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 import harp_hf
 from harp_hf import HarpConfig, HarpError
-from harp_hf.background import RANDOM, Background, rows_to_finetune_on
+from harp_hf.background import Background, controls, rows_to_finetune_on
 from harp_hf.card import describe
 from harp_hf.errors import FinetuneError
 from harp_hf.finetune import LeafFinetuner
@@ -45,10 +45,12 @@ def test_every_finetune_has_its_share_of_the_same_random_rows(hierarchy, share, 
         count = round(steps * 8 * (1 - share))
     assert own.issuperset(found[:count].tolist())
     assert len(found) - count == round(count * share / (1 - share))
-    random = rows(RANDOM)
+    random = rows(-1)
     assert len(random) == (min(steps * 8, 600) if steps > 0 else round(128 / (1 - share)))
     if len(found) - count < len(random) - count:
         assert set(found[count:].tolist()) <= set(random.tolist()), "all leaves stand among the same rows"
+    assert len(rows(-2)) == len(random)
+    assert len(random) == 600 or set(rows(-2).tolist()) != set(random.tolist()), "every control draws its own"
 
 
 def test_without_a_share_leaves_are_measured_alone(hierarchy):
@@ -75,6 +77,11 @@ def test_random_rows_have_the_part_that_maximises_the_sum_of_square_roots(effect
     assert part == pytest.approx(slopes[0] ** 2 / (slopes @ slopes))
 
 
+@pytest.mark.parametrize(("measured", "count"), [(1, 2), (4, 2), (9, 3), (16, 4), (180, 13)])
+def test_there_are_as_many_controls_as_the_root_of_the_leaves(measured, count):
+    assert controls(measured) == list(range(-1, -1 - count, -1))
+
+
 def test_a_task_that_nothing_raises_leaves_its_rows_to_random_ones():
     background = Background(0.5, 0, np.zeros(1))
     assert background.part(np.array([[-0.1, 0.2]]), np.array([-0.2, -0.1])).tolist() == [1.0, 0.0]
@@ -84,15 +91,22 @@ def test_a_task_that_nothing_raises_leaves_its_rows_to_random_ones():
 def test_effects_are_what_leaves_add_to_random_rows(result, pool):
     measured = result.measurements
     run = RunDir(result.path)
-    random = run.read_arrays("measurements/random-42.npz")
-    assert np.array_equal(measured.background.scores, random["scores"])
+    random = [run.read_arrays(f"measurements/random-{draw}-42.npz")["scores"] for draw in (1, 2)]
+    assert controls(len(measured.leaves)) == [-1, -2]
+    assert np.array_equal(measured.background.scores, random)
+    assert result.reference == pytest.approx([np.mean(random, axis=0)[result.task == d].mean() for d in range(2)])
     assert np.array_equal(measured.null, run.read_arrays("base.npz")["scores"]), "null scores are the base model's"
     assert np.abs(measured.background.scores - measured.null).max() > 0.01, "random rows teach something"
-    effects, _ = measured.effects(result.task, 2)
+    effects, variances = measured.effects(result.task, 2)
+    paired = replace(measured, background=replace(measured.background, scores=np.mean(random, axis=0)[None]))
+    draws = [[scores[result.task == d].mean() for d in range(2)] for scores in random]
+    assert variances - paired.effects(result.task, 2)[1] == pytest.approx(
+        np.tile(np.var(draws, 0, ddof=1) * 1.5, (5, 1))
+    )
     means = np.stack([measured.scores[:, 0, result.task == d].mean(axis=1) for d in range(2)], axis=1)
     assert effects == pytest.approx(means - result.reference)
-    assert RANDOM not in measured.leaves.tolist()
-    assert RANDOM not in measured.rows
+    assert min(measured.leaves) >= 0
+    assert min(measured.rows) >= 0
     for leaf in measured.leaves.tolist():
         own = np.isin(measured.rows[leaf], result.hierarchy.rows(leaf))
         assert 0 < own.mean() < 1
@@ -138,14 +152,20 @@ def test_random_rows_that_cannot_be_finetuned_on_stop_the_run(
     finetune = LeafFinetuner.finetune
 
     def fail(self, rows, seed, adapter):
-        if "-1" in adapter.name:
+        if adapter.name.startswith(failing):
             raise FinetuneError("no room")
         return finetune(self, rows, seed, adapter)
 
     monkeypatch.setattr(LeafFinetuner, "finetune", fail)
     args = HarpConfig(output_dir=str(tmp_path / "run"), **SETTINGS | {"max_measurements": 1})
-    with pytest.raises(HarpError, match="random rows failed, and leaves compare to it: no room"):
+    failing = ("leaf--1", "leaf--2")
+    with pytest.raises(HarpError, match="random rows failed, and leaves compare to them: no room"):
         harp_hf.measure(pool, proxy, tiny_model, args, features=features)
+    (tmp_path / "run/measurements/random-2-42.npz").unlink()
+    failing = ("leaf--1",)
+    result = harp_hf.measure(pool, proxy, tiny_model, args, features=features)
+    assert len(result.measurements.background.scores) == 1
+    assert result.measurements.failed == {}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..background import controls
 from ..budget import spend
 from ..effects import active_tasks
 from ..envelopes import Order, greedy
@@ -44,14 +45,15 @@ class Exhaustive:
         leaves = np.concatenate([
             result.measurements.leaves, np.setdiff1d(np.arange(result.hierarchy.n_leaves), result.measurements.leaves)
         ])  # fmt: skip
+        background = result.measurements.background
+        among = controls(len(leaves)) if background else []
         measure_leaves(
-            run, [(g, s) for s in seeds for g in leaves.tolist()], problem.need("leaf_rows", "exhaustive"),
+            run, [(g, s) for s in seeds for g in [*among, *leaves.tolist()]], problem.need("leaf_rows", "exhaustive"),
             problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
         )  # fmt: skip
         null = {"scores": result.measurements.null, "tokens": np.array(0), "seconds": np.array(0.0)}
         if run.holds("base.npz"):
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}
-        background = result.measurements.background
         measured = Measurements.read(run, leaves, seeds, null, background.share if background else 0.0)
         n_tasks = len(result.tasks)
         effects, variances = measured.effects(result.task, n_tasks)

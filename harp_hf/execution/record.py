@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..background import RANDOM
 from ..measurements import measurement_file
 from ..processes import from_main, is_main
 from ..rundir import RunDir
@@ -49,7 +48,7 @@ def record(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any], progr
         progress: Moves on by one.
     """
     if measurement["reason"]:
-        what = "Random rows" if leaf == RANDOM else f"Leaf {leaf}"
+        what = f"Leaf {leaf}" if leaf >= 0 else f"Draw {-leaf} of random rows"
         logger.warning("%s could not be measured: %s.", what, measurement["reason"])
     from_main(partial(_keep, run, leaf, seed, measurement))
     progress.update()
