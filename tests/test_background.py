@@ -11,10 +11,13 @@ from scipy.optimize import minimize
 import harp_hf
 from harp_hf import HarpConfig, HarpError
 from harp_hf.background import Background, controls, rows_to_finetune_on
+from harp_hf.baselines.ablations import Exhaustive
+from harp_hf.baselines.problem import open_problem
 from harp_hf.card import describe
 from harp_hf.errors import FinetuneError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.hierarchy import build_hierarchy
+from harp_hf.inputs import read_inputs
 from harp_hf.result import load_result
 from harp_hf.rundir import RunDir
 
@@ -144,6 +147,19 @@ def test_the_summary_and_the_card_say_what_effects_are_added_to(result):
     text = describe(result, result.select(budget=20), "me/rows")
     assert "random rows" in text
     assert "`harp_random`" in text
+
+
+def test_exhaustive_measures_the_other_leaves_among_the_same_rows(result, pool, proxy, features, tiny_model):
+    args = HarpConfig(output_dir=str(result.path), **SETTINGS)
+    problem = open_problem(read_inputs(pool, proxy, tiny_model, args, features=features), args, result=result)
+    every = Exhaustive().measure(problem).measurements
+    assert sorted(every.leaves) == list(range(result.hierarchy.n_leaves))
+    assert len(every.background.scores) == len(controls(result.hierarchy.n_leaves)) == 3
+    assert np.array_equal(every.background.scores[:2], result.measurements.background.scores)
+    assert np.array_equal(every.scores[: len(result.measurements.leaves)], result.measurements.scores)
+    ranking = Exhaustive().rank(problem, 20)
+    assert ranking.stop == 20
+    assert len(set(ranking.rows[:20].tolist())) == 20
 
 
 def test_random_rows_that_cannot_be_finetuned_on_stop_the_run(
