@@ -10,14 +10,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import HarpConfig
     from .errors import HarpError
-    from .result import HarpResult, load_result
+    from .result import HarpResult
+    from .saved import load_result
     from .selection import measure, select
 
 _EXPORTS = {
     "HarpConfig": "config",
     "HarpError": "errors",
     "HarpResult": "result",
-    "load_result": "result",
+    "load_result": "saved",
     "measure": "selection",
     "select": "selection",
 }

@@ -127,8 +127,7 @@ def describe(
     pool = source or config.get("dataset_name")
     needed = ("datasets" if mixed else "dataset_name", *_NEEDED)
     named = f"a mixture of {len(mixed)} dataset{'s' if len(mixed) > 1 else ''}" if mixed else "a pool"
-    leaves, cost = result.chosen_leaves(), result.measurements.cost
-    random = sum(rows["harp_random"][:]) if "harp_random" in rows.column_names else None
+    leaves, cost = np.unique(rows["harp_leaf"][:]), result.measurements.cost
     load = [json.dumps(repo_id)] + ([f"revision={json.dumps(revision)}"] if revision else [])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("harp_hf"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -143,7 +142,7 @@ def describe(
         model=_named(model, "") if model else "a language model",
         model_argument=shlex.quote(hub_name(model) or printable(public(model)) or "MODEL"),
         variant=result.choice.variant.upper(), budget=result.choice.budget, weights=result.choice.task_weights,
-        tasks=_scores(result), random_rows=random, sample=_sample(rows), notes=result.notes,
+        tasks=_scores(result, leaves), sample=_sample(rows), notes=result.posterior.notes,
         sources=_by_source(result), most_sources=_SOURCES,
         figures=[{"title": f.stem, "path": f"figures/{quote(f.name)}"} for f in figures(result.path)],
         finetunes=f"{cost['finetunes']:.0f}", seconds={k: f"{v:,.0f}" for k, v in result.seconds.items()},
@@ -160,13 +159,11 @@ def _named(name: str, kind: str) -> str:
     return f"[`{on_hub}`](https://huggingface.co/{kind}{on_hub})" if on_hub else escape(public(name))
 
 
-def _scores(result: HarpResult) -> list[dict[str, Any]]:
+def _scores(result: HarpResult, leaves: np.ndarray) -> list[dict[str, Any]]:
     null, predicted, active = result.null, result.predicted(), result.active()
     counts = np.bincount(result.task)
     wilson = _wilson(null, counts)
-    drawn = predict_interval(
-        result.posterior.mean, result.posterior.sd, result.reference, result.chosen_leaves(), result.choice.variant
-    )
+    drawn = predict_interval(result.posterior.mean, result.posterior.sd, null, leaves, result.choice.variant)
     return [
         {
             "name": name, "metric": result.metrics[d], "rows": int(counts[d]), "active": bool(active[d]),

@@ -242,7 +242,7 @@ def _status(argv: list[str]) -> None:
 
 
 def _cut(argv: list[str]) -> None:
-    from .result import load_result
+    from .saved import load_result
 
     (asked,) = _parse(_parser("cut", CutArguments), argv)
     result = load_result(asked.output_dir)
@@ -253,14 +253,14 @@ def _cut(argv: list[str]) -> None:
 
 def _report(argv: list[str]) -> None:
     from .report import write_report
-    from .result import load_result
+    from .saved import load_result
 
     (asked,) = _parse(_parser("report", ReportArguments), argv)
     print(f"Report written to {write_report(load_result(asked.output_dir), asked.output_dir)}.")
 
 
 def _push(argv: list[str]) -> None:
-    from .result import load_result
+    from .saved import load_result
 
     (asked,) = _parse(_parser("push", PushArguments), argv)
     if not asked.repo_id:

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from trl import SFTConfig
 
-from .budget import BUDGET_BY, BudgetBy
-from .envelopes import VARIANTS, Variant
+from .envelopes import BUDGET_BY, VARIANTS, BudgetBy, Variant
 from .errors import ConfigError
 from .evaluation.scoring import AUTO, METRICS
 from .priors import Prior
@@ -59,11 +58,6 @@ class HarpConfig(SFTConfig):
         num_repeats (`int`, *optional*, defaults to `1`):
             Finetunes of every measured leaf, with different seeds. More than one lets run-to-run variance be
             estimated.
-        random_share (`float`, *optional*, defaults to `0.0`):
-            Share of random pool rows in every leaf finetune, below 1. Above 0, effects are what a leaf's rows add to
-            random rows, whose own scores a few more finetunes measure (the root of `max_measurements`), and each
-            task's rows of a selection are random ones in the part that this suggests. `0.0` measures leaves alone, as
-            the paper does.
         metric (`str`, *optional*, defaults to `"auto"`):
             How an answer is scored: `"exact_match"`, `"choice"`, `"numeric"`, `"contains"`, `"likelihood"`,
             `"choice_likelihood"` (the share of the right answer in the likelihoods of the choices), or `"auto"`:
@@ -175,9 +169,6 @@ class HarpConfig(SFTConfig):
         default=None, metadata={"help": "At most that many leaves are finetuned (default: one and a half a parent)."}
     )
     num_repeats: int = field(default=1, metadata={"help": "Finetunes of every measured leaf."})
-    random_share: float = field(
-        default=0.0, metadata={"help": "Share of random pool rows in every leaf finetune; effects are beyond theirs."}
-    )
     metric: str = field(
         default="auto",
         metadata={"help": "How answers are scored; 'auto' is choice where a task has choices, else exact_match.",
@@ -258,8 +249,6 @@ class HarpConfig(SFTConfig):
         gpus = self.ray_gpus_per_worker
         if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and float(gpus).is_integer())):
             raise ConfigError(f"`ray_gpus_per_worker` must be a share of 1 or a whole number, but it is {gpus!r}.")
-        if not 0 <= self.random_share < 1:
-            raise ConfigError(f"`random_share` must be in [0, 1), but it is {self.random_share!r}.")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"`vllm_gpu_memory_utilization` must be in (0, 1], but it is {self.vllm_gpu_memory_utilization!r}."

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from .errors import DataError, reason
 
-RESULT_COLUMNS = ("phi", "harp_leaf", "harp_parent", "harp_rank", "harp_measured", "harp_row", "harp_random")
+RESULT_COLUMNS = ("phi", "harp_leaf", "harp_parent", "harp_rank", "harp_measured", "harp_row")
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _MESSAGES = ("prompt", "completion", "messages", "conversations")
 _BATCH = 1000

@@ -137,7 +137,7 @@ def _facts(result: HarpResult) -> dict[str, Any]:
         "leaves": _leaves(result),
         "examples": _examples(result),
         "over": _over(result),
-        "notes": result.notes,
+        "notes": result.posterior.notes,
     }  # fmt: skip
 
 
@@ -197,11 +197,8 @@ def _predicted(result: HarpResult) -> dict[Variant, np.ndarray]:
 
 
 def _selection(result: HarpResult, variant: Variant) -> dict[str, int]:
-    if not result.active().any():
-        return {"rows": 0, "leaves": 0}
-    choice = replace(result.choice, variant=variant)
-    rows, leaves = result.chosen(choice)[0], result.chosen_leaves(choice)
-    return {"rows": len(rows), "leaves": len(leaves)}
+    rows = result.chosen(replace(result.choice, variant=variant))[0] if result.active().any() else np.array([], int)
+    return {"rows": len(rows), "leaves": len(np.unique(result.hierarchy.leaf[rows]))}
 
 
 def _smoothness(result: HarpResult) -> Any:

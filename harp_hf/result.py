@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from .background import Background
-from .budget import BudgetBy, spend
 from .config import HarpConfig, check_choice
 from .effects import active_tasks
-from .envelopes import Order, Variant, greedy, predict
+from .envelopes import BudgetBy, Order, Variant, cut, greedy, predict, share
 from .errors import ConfigError, DataError, HarpError
 from .hierarchy import Hierarchy
 from .measurements import Measurements
-from .mixture import load_pool, read_mixture
-from .pool import content_digest
 from .posterior import Posterior, infer
 from .proxy import ProxySet
 from .quiet import quiet
-from .rundir import RunDir
 from .sources import Labels, Sources, infer_sources, tabulate
 
 
@@ -101,14 +96,13 @@ class HarpResult:
         Returns:
             `Dataset`: The original columns untouched, and beside them `phi` (mean effect of the row's leaf over the
             active tasks), `phi_<task>`, `phi_sd_<task>`, `harp_leaf`, `harp_parent`, `harp_rank` (place of the leaf in
-            the greedy order, from 0), `harp_measured` and `harp_row` (index in the pool). Where leaves were measured
-            among random rows, random rows follow the others, and `harp_random` tells which they are.
+            the greedy order, from 0), `harp_measured` and `harp_row` (index in the pool).
 
         Raises:
             HarpError: An argument cannot be used, no task is active, or no leaf is expected to help.
         """
         choice = self.choosing(variant, budget, task_weights, active_tasks, budget_by).choice
-        rows, ranks, count = self._spend(choice)
+        rows, ranks = self.chosen(choice)
         if len(rows) == 0:
             raise HarpError("No leaf of the pool is expected to raise the score of the active tasks.")
         leaves = self.hierarchy.leaf[rows]
@@ -122,8 +116,6 @@ class HarpResult:
         columns["harp_rank"] = ranks
         columns["harp_measured"] = np.isin(leaves, self.measurements.leaves)
         columns["harp_row"] = rows
-        if self.measurements.background is not None:
-            columns["harp_random"] = np.arange(len(rows)) >= count
         with quiet():
             return concatenate_datasets([self.pool.select(rows), Dataset.from_dict(columns)], axis=1)
 
@@ -150,23 +142,18 @@ class HarpResult:
         weights = self._weights(choice)[active]
         if not weights.any():
             raise ConfigError("All active tasks have the weight 0.")
-        return greedy(self.posterior.mean[:, active], self.reference[active], weights, variant=choice.variant)
+        return greedy(self.posterior.mean[:, active], self.null[active], weights, variant=choice.variant)
 
     def chosen(self, choice: Choice | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Chosen pool rows in greedy order, then random ones; and the place of each row's leaf in that order."""
-        return self._spend(choice or self.choice)[:2]
-
-    def chosen_leaves(self, choice: Choice | None = None) -> np.ndarray:
-        """Ids of the leaves that the envelope chose, ascending."""
-        rows, _, count = self._spend(choice or self.choice)
-        return np.unique(self.hierarchy.leaf[rows[:count]])
-
-    def _spend(self, choice: Choice) -> tuple[np.ndarray, np.ndarray, int]:
+        """Chosen pool rows in greedy order, and the place of each row's leaf in that order."""
+        choice = choice or self.choice
+        order = self.order(choice)
+        if choice.budget_by == "leaf":
+            return cut(order, self.hierarchy, choice.budget)
         active = self.active(choice)
-        return spend(
-            self.order(choice), self.hierarchy, self.posterior.mean[:, active], self._weights(choice)[active],
-            choice.budget, choice.budget_by, self.measurements.background, (self.reference - self.null)[active],
-        )  # fmt: skip
+        return share(
+            order, self.hierarchy, self.posterior.mean[:, active], self._weights(choice)[active], choice.budget
+        )
 
     def _weights(self, choice: Choice) -> np.ndarray:
         return np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])
@@ -174,29 +161,13 @@ class HarpResult:
     def predicted(self, choice: Choice | None = None) -> np.ndarray:
         """(D,) score that the envelope expects of each task after finetuning on the chosen leaves."""
         choice = choice or self.choice
-        return predict(self.posterior.mean, self.reference, self.chosen_leaves(choice), choice.variant)
+        leaves = np.unique(self.hierarchy.leaf[self.chosen(choice)[0]])
+        return predict(self.posterior.mean, self.null, leaves, choice.variant)
 
     @property
     def null(self) -> np.ndarray:
         """(D,) null scores: the base model's mean score on each task."""
         return np.bincount(self.task, self.measurements.null) / np.bincount(self.task)
-
-    @property
-    def reference(self) -> np.ndarray:
-        """(D,) mean score on each task that effects are added to; see [`Measurements.reference`]."""
-        return np.bincount(self.task, self.measurements.reference) / np.bincount(self.task)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """One sentence for each circumstance that a reader of the effects should know."""
-        if self.measurements.background is None:
-            return self.posterior.notes
-        return (
-            "Leaves were measured among random rows: effects are what they add to finetunes on random rows alone, "
-            f"which score {self.reference.mean():.3f} on average of the tasks (base model: {self.null.mean():.3f}). "
-            "A selection ends with random rows.",
-            *self.posterior.notes,
-        )
 
     def explain(self, row: int) -> dict[str, Any]:
         """Why a row of the pool was chosen or not.
@@ -254,27 +225,9 @@ class HarpResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything but the pool's rows to the folder `path`/result; see [`load_result`]."""
-        run, measured, sources = RunDir(path), self.measurements, self.sources
-        background = measured.background
-        told = {"row": sources.row, "mean": sources.mean, "sd": sources.sd} if sources is not None else {}
-        run.write_arrays(
-            "result/arrays.npz",
-            task=self.task, mean=self.posterior.mean, sd=self.posterior.sd, distinguishable=self.distinguishable,
-            leaves=measured.leaves, scores=measured.scores, null=measured.null,
-            trained_rows=np.concatenate([measured.rows[g] for g in measured.leaves.tolist()]),
-            trained_ends=np.cumsum([len(measured.rows[g]) for g in measured.leaves.tolist()]),
-            **{f"hierarchy_{k}": v for k, v in self.hierarchy.arrays().items()},
-            **{f"source_{k}": v for k, v in told.items()},
-            **({"similarity": self.similarity} if self.similarity is not None else {}),
-            **({"random": background.scores} if background is not None else {}),
-        )  # fmt: skip
-        run.write_json("result/seconds.json", {"seconds": self.seconds, "cost": measured.cost})
-        run.write_json("result/result.json", {
-            "tasks": self.tasks, "metrics": self.metrics, "choice": asdict(self.choice), "pool": self.digest,
-            "notes": list(self.posterior.notes), "failed": {str(k): v for k, v in measured.failed.items()},
-            "sources": sources.names if sources is not None else None,
-            "random": {"share": background.share, "seed": background.seed} if background is not None else None,
-        })  # fmt: skip
+        from .saved import save_result
+
+        save_result(self, path)
 
     def push_to_hub(self, repo_id: str, variant: str | None = None, budget: int | None = None, *, private: bool = True,
                     token: str | None = None, revision: str | None = None, commit_message: str | None = None,
@@ -326,54 +279,4 @@ def conclude(pool: Dataset, proxy: ProxySet, hierarchy: Hierarchy, measured: Mea
         pool, proxy.tasks, metrics, proxy.task, hierarchy, measured, inferred,
         active_tasks(effects, variances), choice, seconds, digest, sources=sources,
         similarity=similarity,
-    )  # fmt: skip
-
-
-def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
-    """Load what [`measure`] or [`HarpResult.save`] wrote.
-
-    Args:
-        path: The run directory.
-        dataset: The pool, where it did not come from a path or the Hub.
-
-    Raises:
-        RunDirError: `path` holds no finished run.
-        DataError: The pool is not there or is not the one that was measured.
-    """
-    if not Path(path).is_dir():
-        raise DataError(f"The run directory {path} is not there.")
-    run = RunDir(path)
-    known, arrays = run.read_json("result/result.json"), run.read_arrays("result/arrays.npz")
-    costs = run.read_json("result/seconds.json")
-    if dataset is None:
-        config = {"seed": HarpConfig.seed} | run.read_yaml("config.yaml")
-        if not config.keys() & {"dataset_name", "datasets"}:
-            raise DataError(f"The pool of {path} was an object in memory: pass it as `dataset`.")
-        pool, _ = load_pool(
-            read_mixture(config) or config["dataset_name"], config["seed"],
-            name=config.get("dataset_config"), split=config.get("dataset_train_split", "train"),
-        )  # fmt: skip
-    else:
-        pool, _ = load_pool(dataset, HarpConfig.seed)
-    if content_digest(pool) != known["pool"]:
-        raise DataError(f"The pool is not the one that {path} was measured on.")
-    leaves = arrays["leaves"].tolist()
-    rows = dict(zip(leaves, np.split(arrays["trained_rows"], arrays["trained_ends"][:-1]), strict=True))
-    failed = {int(k): v for k, v in known["failed"].items()}
-    background = None
-    if random := known.get("random"):
-        background = Background(random["share"], random["seed"], arrays["random"])
-    measured = Measurements(
-        arrays["leaves"], arrays["scores"], arrays["null"], failed, rows, costs["cost"], background
-    )  # fmt: skip
-    sources = None
-    if known.get("sources"):
-        sources = Sources(known["sources"], *(arrays[f"source_{name}"] for name in ("row", "mean", "sd")))
-    chosen = known["choice"] | {"active_tasks": tuple(known["choice"]["active_tasks"])}
-    return HarpResult(
-        pool, known["tasks"], known["metrics"], arrays["task"],
-        Hierarchy(**{k.removeprefix("hierarchy_"): v for k, v in arrays.items() if k.startswith("hierarchy_")}),
-        measured, Posterior(arrays["mean"], arrays["sd"], tuple(known["notes"])),
-        arrays["distinguishable"], Choice(**chosen), costs["seconds"], known["pool"], Path(path), sources,
-        arrays.get("similarity"),
     )  # fmt: skip

@@ -16,7 +16,6 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DatasetMixtureConfig
 
-from .background import controls, rows_to_finetune_on
 from .config import HarpConfig
 from .design import choose_leaves
 from .errors import RunDirError
@@ -122,12 +121,11 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))
 
     seeds = range(args.seed, args.seed + args.num_repeats)
-    among = controls(len(leaves)) if args.random_share else []
-    todo = [(g, s) for s in seeds for g in [*among, *leaves.tolist()]]
+    todo = [(g, s) for s in seeds for g in leaves.tolist()]
     with stage(run, "measurements"):
-        null = _executor(args)(run, todo, rows_to_finetune_on(hierarchy, args), given, args)
+        null = _executor(args)(run, todo, hierarchy.rows, given, args)
 
-    measured = Measurements.read(run, leaves, seeds, null, args.random_share)
+    measured = Measurements.read(run, leaves, seeds, null)
     seconds = run.read_json("seconds.json") | {
         "training": measured.cost["seconds_training"], "evaluation": measured.cost["seconds_evaluation"]
     }  # fmt: skip

@@ -60,8 +60,7 @@ class Status:
         else:
             state = f"stopped ({self.ended or 'killed'}); the same command continues it"
         lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"leaves: {self.progress}"]
-        for (leaf, seed), why in sorted(self.failed.items()):
-            lines.append(f"  {f'leaf {leaf}' if leaf >= 0 else f'random rows {-leaf}'}, seed {seed}, failed: {why}")
+        lines += [f"  leaf {leaf}, seed {seed}, failed: {why}" for (leaf, seed), why in sorted(self.failed.items())]
         if self.seconds:
             lines.append(f"time: {sum(self.seconds) / len(self.seconds):.1f} s a leaf{self._remaining()}")
         lines += [

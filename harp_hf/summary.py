@@ -51,7 +51,7 @@ def summarise(result: HarpResult) -> str:
         table.add_column(name, justify="left" if name == "variant" else "right")
     for variant, choice in choices.items():
         rows = result.chosen(choice)[0] if active.any() else np.array([], int)
-        leaves = len(result.chosen_leaves(choice)) if active.any() else 0
+        leaves = len(np.unique(result.hierarchy.leaf[rows]))
         mark = " (this run's)" if variant == result.choice.variant else ""
         table.add_row(variant.upper() + mark, f"{leaves} of {result.hierarchy.n_leaves}", str(len(rows)),
                       f"{len(result.pool)}")  # fmt: skip
@@ -74,7 +74,7 @@ def summarise(result: HarpResult) -> str:
     console.print(f"Seconds: {', '.join(spent)}.")
     for leaf, reason in measured.failed.items():
         console.print(f"Leaf {leaf} was not measured: {printable(reason)}.")
-    for note in result.notes:
+    for note in result.posterior.notes:
         console.print(f"Note: {note}")
     return console.file.getvalue()
 

@@ -174,4 +174,4 @@ class Trials:
 
 
 # Settings that have no part in a final finetune.
-_NOT_OF_A_TRIAL = {"seed", "max_steps", "num_train_epochs", "leaf_size", "branching", "metric", "random_share"}
+_NOT_OF_A_TRIAL = {"seed", "max_steps", "num_train_epochs", "leaf_size", "branching", "metric"}

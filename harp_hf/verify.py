@@ -23,8 +23,9 @@ from .finetune import describe_model, load_tokenizer
 from .intervals import mean_intervals
 from .pool import read_contents
 from .proxy import ProxySet, load_proxy
-from .result import HarpResult, load_result
+from .result import HarpResult
 from .rundir import RunDir
+from .saved import load_result
 from .settings import read_settings
 from .texts import printable
 from .trials import Trials

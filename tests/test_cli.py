@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 from harp_hf import cli
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
-from harp_hf.result import load_result
+from harp_hf.saved import load_result
 
 OURS = ["phi", "phi_red", "phi_sd_red", "phi_green", "phi_sd_green", "harp_leaf", "harp_parent", "harp_rank",
         "harp_measured", "harp_row"]  # fmt: skip

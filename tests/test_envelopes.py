@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harp_hf.budget import cut, share
-from harp_hf.envelopes import VARIANTS, Order, greedy, predict
+from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict, share
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
 

@@ -17,7 +17,7 @@ from harp_hf.errors import DataError, FinetuneError
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.posterior import Posterior, infer
-from harp_hf.result import load_result
+from harp_hf.saved import load_result
 
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": 6, "max_steps": 12, "learning_rate": 3e-2,
             "use_cpu": True}  # fmt: skip

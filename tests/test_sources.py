@@ -18,7 +18,7 @@ from harp_hf.errors import ConfigError, DataError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.mixture import MOST, load_mixture, read_labels, source_names
 from harp_hf.posterior import infer
-from harp_hf.result import load_result
+from harp_hf.saved import load_result
 from harp_hf.sources import Labels, infer_sources, tabulate, weighted_means
 
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 8, "learning_rate": 3e-2,

@@ -17,8 +17,8 @@ from harp_hf.errors import ConfigError, DataError, HarpError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.intervals import mean_intervals
 from harp_hf.proxy import load_proxy
-from harp_hf.result import load_result
 from harp_hf.rundir import RunDir
+from harp_hf.saved import load_result
 from harp_hf.trials import Trials
 from harp_hf.verify import verify_run
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..background import controls
-from ..budget import spend
 from ..effects import active_tasks
-from ..envelopes import Order, greedy
+from ..envelopes import Order, greedy, share
 from ..execution.local import measure_leaves
 from ..measurements import Measurements
 from ..posterior import infer
@@ -29,10 +27,7 @@ class Exhaustive:
     prior: Prior = "smooth"
 
     def rank(self, problem: Problem, budget: int | None = None) -> Ranking:
-        """See [`Selector.rank`]; stops at the best prefix.
-
-        Needs `result`, `run`, `leaf_rows`, `finetuner` and `evaluator`.
-        """
+        """See [`Selector.rank`]; needs `result`, `run`, `finetuner` and `evaluator`. Stops at the best prefix."""
         problem.wanted(budget)
         result = self.measure(problem)
         return _ranking(result, result.order(), result.posterior.mean, budget)
@@ -45,16 +40,14 @@ class Exhaustive:
         leaves = np.concatenate([
             result.measurements.leaves, np.setdiff1d(np.arange(result.hierarchy.n_leaves), result.measurements.leaves)
         ])  # fmt: skip
-        background = result.measurements.background
-        among = controls(len(leaves)) if background else []
         measure_leaves(
-            run, [(g, s) for s in seeds for g in [*among, *leaves.tolist()]], problem.need("leaf_rows", "exhaustive"),
+            run, [(g, s) for s in seeds for g in leaves.tolist()], result.hierarchy.rows,
             problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
         )  # fmt: skip
         null = {"scores": result.measurements.null, "tokens": np.array(0), "seconds": np.array(0.0)}
         if run.holds("base.npz"):
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}
-        measured = Measurements.read(run, leaves, seeds, null, background.share if background else 0.0)
+        measured = Measurements.read(run, leaves, seeds, null)
         n_tasks = len(result.tasks)
         effects, variances = measured.effects(result.task, n_tasks)
         inferred = infer(
@@ -96,7 +89,7 @@ class MeasuredOnly:
         measured = result.measurements
         effects, _ = measured.effects(result.task, len(result.tasks))
         active, weights = _active(result)
-        order = greedy(effects[:, active], result.reference[active], weights, variant=result.choice.variant)
+        order = greedy(effects[:, active], result.null[active], weights, variant=result.choice.variant)
         known = np.zeros_like(result.posterior.mean)
         known[measured.leaves] = effects
         ranking = _ranking(result, replace(order, leaves=measured.leaves[order.leaves]), known, budget)
@@ -123,13 +116,11 @@ def _active(result: HarpResult) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranking(result: HarpResult, order: Order, phi: np.ndarray, budget: int | None) -> Ranking:
-    """Rows of the leaves in their order, beginning with those that the budget is spent on in [`HarpResult.select`]."""
-    background, (active, weights) = result.measurements.background, _active(result)
-    first, _, _ = spend(
-        order, result.hierarchy, phi[:, active], weights, budget, result.choice.budget_by, background,
-        (result.reference - result.null)[active],
-    )  # fmt: skip
+    """Rows of the leaves in their order, beginning with those that share the budget as in [`HarpResult.select`]."""
     rows = leaves_to_rows(result.hierarchy, order.leaves)
-    prefix = int(result.hierarchy.sizes[order.leaves[: order.best_prefix]].sum())
-    stop = prefix if background is None else len(first)
-    return Ranking(np.concatenate([first, rows[~np.isin(rows, first)]]), spent(result.measurements), stop)
+    if result.choice.budget_by == "task":
+        active, weights = _active(result)
+        first, _ = share(order, result.hierarchy, phi[:, active], weights, budget)
+        rows = np.concatenate([first, rows[~np.isin(rows, first)]])
+    stop = int(result.hierarchy.sizes[order.leaves[: order.best_prefix]].sum())
+    return Ranking(rows, spent(result.measurements), stop)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..background import rows_to_finetune_on
 from ..execution.tools import open_tools
 from ..features import load_features, load_proxy_features, pool_texts, proxy_texts
 from ..rundir import RunDir
@@ -55,14 +54,12 @@ def open_problem(
     finetuner, evaluator = open_tools(
         given.model, given.pool, given.proxy, given.metrics, given.peft_config, given.tokenizer, args
     )
-    hierarchy = load_hierarchy(run, matrix, args)
     return Problem(
         matrix, compared, given.proxy.task, args.seed,
         texts=lambda: pool_texts(given.pool, args.dataset_text_field, given.decode),
         proxy_texts=proxy_texts(given.proxy),
         proxy=given.proxy,
-        hierarchy=hierarchy,
-        leaf_rows=rows_to_finetune_on(hierarchy, args),
+        hierarchy=load_hierarchy(run, matrix, args),
         run=run,
         finetuner=finetuner,
         evaluator=evaluator,

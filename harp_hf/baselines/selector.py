@@ -94,7 +94,6 @@ class Problem:
         proxy_texts: (n_proxy,) text of each proxy row, answer included.
         proxy (`ProxySet`): The rows to judge by.
         hierarchy (`Hierarchy`): Leaves of the pool.
-        leaf_rows: Gives the rows that a leaf is finetuned on to measure it.
         run (`RunDir`): Where what is measured is kept.
         finetuner: Gives the finetuner; called only where something is left to do.
         evaluator: Gives the evaluator of the proxy set; called only where something is left to do.
@@ -109,7 +108,6 @@ class Problem:
     proxy_texts: Sequence[str] | None = None
     proxy: ProxySet | None = None
     hierarchy: Hierarchy | None = None
-    leaf_rows: Callable[[int], np.ndarray] | None = None
     run: RunDir | None = None
     finetuner: Callable[[], LeafFinetuner] | None = None
     evaluator: Callable[[], Evaluator] | None = None

@@ -48,8 +48,7 @@ def record(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any], progr
         progress: Moves on by one.
     """
     if measurement["reason"]:
-        what = f"Leaf {leaf}" if leaf >= 0 else f"Draw {-leaf} of random rows"
-        logger.warning("%s could not be measured: %s.", what, measurement["reason"])
+        logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
     from_main(partial(_keep, run, leaf, seed, measurement))
     progress.update()
 

@@ -27,8 +27,7 @@ from scipy.stats import norm, spearmanr
 from harp_hf import HarpConfig, HarpResult, measure
 from harp_hf.baselines.problem import open_problem
 from harp_hf.baselines.unions import Unions
-from harp_hf.budget import cut
-from harp_hf.envelopes import VARIANTS, Order, greedy, predict
+from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict
 from harp_hf.errors import DataError, HarpError
 from harp_hf.evaluation.scoring import describe_metrics
 from harp_hf.hierarchy import Hierarchy
@@ -108,7 +107,7 @@ class Truth:
         leaves = np.array(sorted(int(name[1]) for name in names if name), np.int64)
         if len(leaves) < 4:
             raise DataError(f"Only {len(leaves)} leaves are measured in {run.path}: use --measure first.")
-        measured = Measurements.read(run, leaves, [args.seed], run.read_arrays("base.npz"), args.random_share)
+        measured = Measurements.read(run, leaves, [args.seed], run.read_arrays("base.npz"))
         similarity = run.read_arrays("similarity.npz")["similarity"] if run.file("similarity.npz").exists() else None
         whole = _conclude(given, args, hierarchy, measured, similarity)
         effects, variances = measured.effects(given.proxy.task, len(given.proxy.tasks))
@@ -206,7 +205,7 @@ def _rank_correlation(predicted: np.ndarray, true: np.ndarray) -> float:
 def _value(truth: Truth, effects: np.ndarray, variant: str, budget: int | None) -> float:
     """What the envelope of the true effects gives the selection that is made with other effects."""
     active, weights = _active(truth)
-    order = greedy(effects[:, active], truth.whole.reference[active], weights, variant=variant)
+    order = greedy(effects[:, active], truth.whole.null[active], weights, variant=variant)
     return _value_of(truth, order.leaves, order.best_prefix, variant, budget)
 
 
@@ -215,7 +214,7 @@ def _value_of(truth: Truth, places: np.ndarray, prefix: int, variant: str, budge
     order = Order(truth.leaves[places], np.zeros(len(places)), prefix)
     rows = cut(order, truth.hierarchy, budget)[0]
     chosen = np.flatnonzero(np.isin(truth.leaves, truth.hierarchy.leaf[rows]))
-    scores = predict(truth.effects[:, active], truth.whole.reference[active], chosen, variant)
+    scores = predict(truth.effects[:, active], truth.whole.null[active], chosen, variant)
     return float(scores @ weights / weights.sum())
 
 
@@ -268,7 +267,7 @@ def additivity(truth: Truth, count: int, epochs: float, seed: int) -> list[dict[
     return [
         {
             "kind": kind, "leaves": leaves.tolist(), "measured": measured.tolist(),
-            **{v: predict(whole.posterior.mean, whole.reference, leaves, v).tolist() for v in VARIANTS},
+            **{v: predict(whole.posterior.mean, whole.null, leaves, v).tolist() for v in VARIANTS},
         }
         for (kind, leaves), measured in zip(sets, scores, strict=True)
     ]  # fmt: skip
