@@ -167,15 +167,17 @@ def test_calibration_measures_every_leaf_and_analyses_without_a_finetune(measure
     printed = capsys.readouterr().out
     found = json.loads((folder / "c.json").read_text())
     assert (found["leaves"], found["measured"]) == (len(leaves), len(leaves))
-    assert [row["prior"] for row in found["calibration"]] == [
-        "smooth with similarity", "smooth", "nested", "no pooling"
+    assert [(row["prior"], row["design"]) for row in found["calibration"]] == [
+        (prior, design) for prior in ("smooth with similarity", "smooth", "nested", "no pooling")
+        for design in ("random", "HARP's")
     ]  # fmt: skip
     for row in found["calibration"]:
         coverage = [row[f"coverage {level:g}"] for level in (0.5, 0.8, 0.9, 0.95)]
         assert coverage == sorted(coverage)
-    assert "| 4 | smooth |" in printed
+        assert row["beyond 4 sd"] <= 1 - row["coverage 0.95"]
+    assert "| 4 | HARP's | smooth |" in printed
     # Right and wrong answers stand apart in feature space, which only related leaves can tell.
-    _, smooth, _, alone = found["calibration"]
+    smooth, alone = (found["calibration"][place] for place in (2, 6))
     assert smooth["rank correlation"] > alone["rank correlation"]
 
 

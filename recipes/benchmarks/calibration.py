@@ -27,6 +27,7 @@ from scipy.stats import norm, spearmanr
 from harp_hf import HarpConfig, HarpResult, measure
 from harp_hf.baselines.problem import open_problem
 from harp_hf.baselines.unions import Unions
+from harp_hf.design import choose_leaves
 from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict
 from harp_hf.errors import DataError, HarpError
 from harp_hf.evaluation.scoring import describe_metrics
@@ -41,6 +42,7 @@ LEVELS = (0.5, 0.8, 0.9, 0.95)
 # Prior, and whether it uses the similarity of leaves to the proxy rows.
 PRIORS = {"smooth with similarity": ("smooth", True), "smooth": ("smooth", False), "nested": ("nested", False)}
 NO_POOLING = "no pooling"
+TAIL = "beyond 4 sd"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,6 +128,12 @@ class Truth:
         args.prior, similar = PRIORS[prior]
         return _conclude(self.given, args, self.hierarchy, some, self.whole.similarity if similar else None)
 
+    def design(self, size: int, prior: str) -> np.ndarray | None:
+        """(size,) places, among the measured leaves, of those that HARP would measure; None where one is missing."""
+        similar = PRIORS.get(prior, (prior, True))[1]
+        leaves = choose_leaves(self.hierarchy, size, self.whole.similarity if similar else None)
+        return np.searchsorted(self.leaves, leaves) if np.isin(leaves, self.leaves).all() else None
+
     def priors(self) -> list[str]:
         """The priors to compare; without the first where the run has no similarities."""
         return [prior for prior, (_, similar) in PRIORS.items() if not similar or self.whole.similarity is not None]
@@ -139,24 +147,25 @@ def _conclude(
 
 
 def analyse(truth: Truth, sizes: list[int], designs: int, budget: int | None, seed: int) -> list[dict[str, Any]]:
-    """For each size and prior, means over random designs of that many measurements.
+    """For each size and prior, means over random designs of that many measurements, and HARP's own design.
 
     Every design shows some measured leaves to the posterior; the others are predicted. As these are known with noise
     too, an interval is that of a new measurement: the posterior variance plus the measurement's own.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in sizes:
         if not 2 <= size < len(truth.leaves):
             logging.warning("%d of %d leaves cannot be shown: skipped.", size, len(truth.leaves))
             continue
-        found: dict[str, list[dict[str, float]]] = {prior: [] for prior in [*truth.priors(), NO_POOLING]}
-        for design in range(designs):
-            shown = np.random.default_rng([seed, size, design]).choice(len(truth.leaves), size, replace=False)
-            for prior in found:
-                found[prior].append(_judge(truth, shown, prior, budget, design))
-        for prior, judged in found.items():
-            means = {name: float(np.nanmean([one[name] for one in judged])) for name in judged[0]}
-            rows.append({"measurements": size, "prior": prior} | means)
+        draws = [np.random.default_rng([seed, size, draw]) for draw in range(designs)]
+        drawn = [random.choice(len(truth.leaves), size, replace=False) for random in draws]
+        for prior in [*truth.priors(), NO_POOLING]:
+            own = truth.design(size, prior)
+            for design, shown in (("random", drawn), ("HARP's", [] if own is None else [own])):
+                judged = [_judge(truth, places, prior, budget, draw) for draw, places in enumerate(shown)]
+                if judged:
+                    means = {name: float(np.nanmean([one[name] for one in judged])) for name in judged[0]}
+                    rows.append({"measurements": size, "design": design, "prior": prior} | means)
     return rows
 
 
@@ -170,6 +179,7 @@ def _judge(truth: Truth, shown: np.ndarray, prior: str, budget: int | None, desi
     sd = np.sqrt(variance[hidden] + truth.variances[hidden])
     z = (truth.effects[hidden] - mean[hidden]) / sd
     judged = {f"coverage {level:g}": float((np.abs(z) <= norm.ppf((1 + level) / 2)).mean()) for level in LEVELS}
+    judged[TAIL] = float((np.abs(z) > 4).mean())
     judged["log density"] = float((norm.logpdf(z) - np.log(sd)).mean())
     active = np.flatnonzero(truth.whole.active())
     judged["rank correlation"] = _rank_correlation(mean[hidden][:, active], truth.effects[hidden][:, active])
@@ -228,17 +238,20 @@ def _active(truth: Truth) -> tuple[np.ndarray, np.ndarray]:
 
 def calibration_table(found: dict[str, Any]) -> str:
     """The calibration as Markdown."""
-    names = [*(f"coverage {level:g}" for level in LEVELS), "log density", "rank correlation",
+    percent = ("coverage", "regret", TAIL)
+    names = [*(f"coverage {level:g}" for level in LEVELS), TAIL, "log density", "rank correlation",
              *(f"regret {variant}{more}" for variant in VARIANTS for more in ("", ", random leaves"))]  # fmt: skip
-    lines = [f"| measured | prior | {' | '.join(names)} |", f"|---:|---|{'---:|' * len(names)}"]
+    lines = [f"| measured | design | prior | {' | '.join(names)} |", f"|---:|---|---|{'---:|' * len(names)}"]
     for row in found["calibration"]:
-        cells = [f"{100 * row[n]:.1f}" if n.startswith(("coverage", "regret")) else f"{row[n]:.2f}" for n in names]
-        lines.append(f"| {row['measurements']} | {row['prior']} | {' | '.join(cells)} |")
+        cells = [f"{100 * row[n]:.1f}" if n.startswith(percent) else f"{row[n]:.2f}" for n in names]
+        lines.append(f"| {row['measurements']} | {row['design']} | {row['prior']} | {' | '.join(cells)} |")
     return "\n".join([
         f"## Calibration: {found['measured']} of {found['leaves']} leaves measured, {found['designs']} random designs",
         "", *lines, "",
-        "Of leaves that were not shown: coverage (%) of intervals of a new measurement (posterior variance plus the "
-        "measurement's own) and mean log density, over all tasks; Spearman's correlation, over active tasks. Regret "
+        "Designs: the mean of the random ones, and the one that HARP would measure with that prior (no pooling: with "
+        "the first). Of leaves that were not shown: coverage (%) of intervals of a new measurement (posterior variance "
+        "plus the measurement's own), % of effects more than 4 standard deviations off (0.006 if all were Gaussian) "
+        "and mean log density, over all tasks; Spearman's correlation, over active tasks. Regret "
         "(points of the mean score of active tasks): what the envelope of the measured effects gives the best prefix "
         "chosen with them, whole leaves up to the budget, less what it gives the one chosen with the posterior; as "
         "the measured effects hold noise that the former knows, it is too high, by the same for all priors. No "
