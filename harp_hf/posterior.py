@@ -25,8 +25,11 @@ from .hierarchy import Hierarchy
 from .kriging import Trend, average, likelihoods, normalised
 from .priors import Prior, correlations
 
-# Standard deviations on the grid, for the shared and for the leaf's own part, in scales of the data.
-GRID = (0.0, 0.25, 0.55, 0.9, 1.4)
+# Standard deviations on the grid, for the shared and for the leaf's own part, in scales of the data. No leaf is just
+# what its neighbours and its similarity make it: without an own part, one leaf that alone is similar to a task and
+# does it much good explains all that was measured, and the effects of all others pass for known exactly.
+SHARED_GRID = (0.0, 0.25, 0.55, 0.9, 1.4)
+OWN_GRID = (0.15, 0.3, 0.55, 0.9, 1.4)
 # Noise added to every measurement, in squared scales of the data, which keeps exact measurements solvable.
 JITTER = 1e-8
 # Prior of the slope on similarity, for effects in scales of the data and similarity in its own standard deviations:
@@ -140,7 +143,7 @@ def standardise(
     scales = _scales(effects, variances)
     y, noise = effects / scales, variances / scales**2 + JITTER
     among = correlations(prior, hierarchy, measured, measured, measured)
-    signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(GRID, GRID))
+    signal, leaf = (axis.ravel() ** 2 for axis in np.meshgrid(SHARED_GRID, OWN_GRID))
     log_prior = -0.5 * (signal + leaf)
     z, slopes = np.zeros((hierarchy.n_leaves, n_tasks)), np.zeros((n_tasks, 2))
     if similarity is not None:

@@ -660,7 +660,8 @@ def test_one_row_and_equal_rows(rows, proxy, tiny_model, config):
 
 
 def test_five_hundred_tasks_of_one_row(pool, features, tiny_model, config, monkeypatch):
-    monkeypatch.setattr("harp_hf.posterior.GRID", (0.0, 0.55))  # for want of time
+    for grid in ("SHARED_GRID", "OWN_GRID"):
+        monkeypatch.setattr(f"harp_hf.posterior.{grid}", (0.25, 0.55))  # for want of time
     names = [f"topic/{i} 😀" for i in range(500)]
     proxy = Dataset.from_list([{"prompt": "say the red :", "answer": "crimson", "task": name} for name in names])
     args = config(max_steps=1, max_measurements=2, metric="likelihood", active_tasks="all",

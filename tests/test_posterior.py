@@ -360,6 +360,18 @@ def test_similarity_that_matters_lowers_the_error_and_similarity_that_does_not_c
     assert 0.85 < np.mean(inside) < 0.95
 
 
+def test_one_similar_leaf_that_explains_everything_does_not_make_the_others_known() -> None:
+    rng = np.random.default_rng(4)
+    hierarchy = family(6, 5, 2)
+    similarity = rng.gamma(0.3, 0.3, size=(30, 4))
+    measured = rng.permutation(30)[:12]
+    similarity[measured[np.arange(4)], np.arange(4)] = 20
+    effects = 0.005 * rng.normal(size=(12, 4)) + 0.025 * similarity[measured]
+    posterior = infer(effects, np.full((12, 4), 0.005**2), measured, hierarchy, similarity=similarity)
+    hidden = np.setdiff1d(np.arange(30), measured)
+    assert (posterior.sd[hidden] > 0.1 * effects.std(axis=0)).all()
+
+
 @pytest.fixture(params=PRIORS)
 def prior(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -54,7 +54,8 @@ def test_all_weight_on_one_leaf_gives_that_leafs_posterior(prior, m, told):
 @pytest.mark.parametrize("prior", ["smooth", "nested"])
 def test_weighted_means_have_the_joint_gaussian_posterior(prior, monkeypatch):
     """At one point of the grid, against conditioning the joint covariance of all leaves under a nearly flat level."""
-    monkeypatch.setattr(posterior, "GRID", (0.7,))
+    monkeypatch.setattr(posterior, "SHARED_GRID", (0.7,))
+    monkeypatch.setattr(posterior, "OWN_GRID", (0.7,))
     monkeypatch.setattr("harp_hf.priors.LENGTH_SCALES", (0.8,))
     monkeypatch.setattr("harp_hf.priors.LARGE_SHARES", (0.3,))
     monkeypatch.setattr("harp_hf.sources._CHUNK", 5)

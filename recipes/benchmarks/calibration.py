@@ -249,13 +249,13 @@ def calibration_table(found: dict[str, Any]) -> str:
         f"## Calibration: {found['measured']} of {found['leaves']} leaves measured, {found['designs']} random designs",
         "", *lines, "",
         "Designs: the mean of the random ones, and the one that HARP would measure with that prior (no pooling: with "
-        "the first). Of leaves that were not shown: coverage (%) of intervals of a new measurement (posterior variance "
-        "plus the measurement's own), % of effects more than 4 standard deviations off (0.006 if all were Gaussian) "
-        "and mean log density, over all tasks; Spearman's correlation, over active tasks. Regret "
-        "(points of the mean score of active tasks): what the envelope of the measured effects gives the best prefix "
-        "chosen with them, whole leaves up to the budget, less what it gives the one chosen with the posterior; as "
-        "the measured effects hold noise that the former knows, it is too high, by the same for all priors. No "
-        "pooling: a leaf that was not shown has the mean and the spread of those shown.",
+        "the first). Of leaves that were not shown: coverage (%) of intervals of a new measurement (posterior "
+        "variance plus the measurement's own), % of effects more than 4 standard deviations off (0.006 if all were "
+        "Gaussian) and mean log density, over all tasks; Spearman's correlation, over active tasks. Regret (points "
+        "of the mean score of active tasks): what the envelope of the measured effects gives the best prefix chosen "
+        "with them, whole leaves up to the budget, less what it gives the one chosen with the posterior; as the "
+        "measured effects hold noise that the former knows, it is too high, by the same for all priors. No pooling: "
+        "a leaf that was not shown has the mean and the spread of those shown.",
     ])  # fmt: skip
 
 
