@@ -167,6 +167,7 @@ def test_calibration_measures_every_leaf_and_analyses_without_a_finetune(measure
     printed = capsys.readouterr().out
     found = json.loads((folder / "c.json").read_text())
     assert (found["leaves"], found["measured"]) == (len(leaves), len(leaves))
+    assert [one["leaf"] for one in found["truth"]] == list(range(len(leaves)))
     assert [(row["prior"], row["design"]) for row in found["calibration"]] == [
         (prior, design) for prior in ("smooth with similarity", "smooth", "nested", "no pooling")
         for design in ("random", "HARP's")

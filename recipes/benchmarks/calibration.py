@@ -63,6 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {
         "leaves": truth.hierarchy.n_leaves, "measured": len(truth.leaves), "tasks": given.proxy.tasks,
         "active": truth.whole.active().tolist(), "designs": asked.designs, "budget": asked.budget,
+        "truth": [
+            {"leaf": leaf, "rows": rows, "effects": effects, "sd": sd} for leaf, rows, effects, sd in zip(
+                truth.leaves.tolist(), truth.hierarchy.sizes[truth.leaves].tolist(), truth.effects.round(5).tolist(),
+                np.sqrt(truth.variances).round(5).tolist(), strict=True,
+            )
+        ],
     }  # fmt: skip
     if asked.analyse:
         found["calibration"] = analyse(truth, asked.sizes, asked.designs, asked.budget, asked.seed)
