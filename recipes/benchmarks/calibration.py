@@ -63,12 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {
         "leaves": truth.hierarchy.n_leaves, "measured": len(truth.leaves), "tasks": given.proxy.tasks,
         "active": truth.whole.active().tolist(), "designs": asked.designs, "budget": asked.budget,
-        "truth": [
-            {"leaf": leaf, "rows": rows, "effects": effects, "sd": sd} for leaf, rows, effects, sd in zip(
-                truth.leaves.tolist(), truth.hierarchy.sizes[truth.leaves].tolist(), truth.effects.round(5).tolist(),
-                np.sqrt(truth.variances).round(5).tolist(), strict=True,
-            )
-        ],
+        "truth": truth.rows(),
     }  # fmt: skip
     if asked.analyse:
         found["calibration"] = analyse(truth, asked.sizes, asked.designs, asked.budget, asked.seed)
@@ -125,6 +120,13 @@ class Truth:
     def hierarchy(self) -> Hierarchy:
         """The pool's leaves."""
         return self.whole.hierarchy
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was measured, a leaf an entry."""
+        names = ("leaf", "rows", "effects", "sd")
+        columns = (self.leaves, self.hierarchy.sizes[self.leaves], self.effects, np.sqrt(self.variances))
+        leaves = zip(*(column.round(5).tolist() for column in columns), strict=True)
+        return [dict(zip(names, leaf, strict=True)) for leaf in leaves]
 
     def shown(self, places: np.ndarray, prior: str) -> HarpResult:
         """What HARP makes of only some of the measured leaves."""
