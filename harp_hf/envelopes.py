@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import ndtr
 
 from .errors import HarpError
 from .hierarchy import Hierarchy
@@ -199,20 +200,28 @@ def cut(order: Order, hierarchy: Hierarchy, budget: int | None = None) -> tuple[
 
 
 def share(
-    order: Order, hierarchy: Hierarchy, phi: np.ndarray, weights: np.ndarray, budget: int | None = None
+    order: Order,
+    hierarchy: Hierarchy,
+    mean: np.ndarray,
+    sd: np.ndarray,
+    weights: np.ndarray,
+    budget: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the best prefix, where the tasks share a budget that is smaller than it.
+    """Rows that the tasks choose by turns, where the budget is smaller than the best prefix.
 
-    Rows are handed out one by one to the task that has fewest for its weight. A task takes them from the leaves of the
-    prefix in proportion to the square of what they do to it beyond the mean row of the pool (by the divisor method of
-    D'Hondt), so that several leaves that each hold a part of it all have their part. Rows that no task asks for go to
-    the leaves in greedy order. What a leaf gives is spread evenly over its rows from the centroid outwards, as its
-    effect was measured on all of them.
+    So few rows need not come from the few leaves whose effects already exhaust the envelope: every leaf of the prefix
+    has a part, and every other one whose own effects, weighted and summed, are above zero. Rows are handed out one by
+    one to the task that has fewest for its weight. A task takes them from these leaves in proportion to the expected
+    square of what they do to it beyond the mean row of the pool (by the divisor method of D'Hondt): from the few that
+    help where these are known, from many where little is. Rows that no task asks for go to the leaves in greedy order.
+    What a leaf gives is spread evenly over its rows from the centroid outwards, as its effect was measured on all of
+    them.
 
     Args:
         order: from `greedy`.
         hierarchy: the rows of every leaf.
-        phi: (G, D) effects of all leaves on the active tasks.
+        mean: (G, D) posterior means of all leaves on the active tasks.
+        sd: (G, D) posterior standard deviations, not negative.
         weights: (D,) weight of each task, not negative.
         budget: largest number of rows, at least 1; None for no limit.
 
@@ -222,13 +231,14 @@ def share(
     Raises:
         HarpError: budget is below 1.
     """
-    leaves = order.leaves[: order.best_prefix]
-    sizes = hierarchy.sizes[leaves]
-    if budget is None or budget < 1 or sizes.sum() <= budget:
+    if budget is None or budget < 1 or hierarchy.sizes[order.leaves[: order.best_prefix]].sum() <= budget:
         return cut(order, hierarchy, budget)
-    excess = np.maximum(phi[leaves] - hierarchy.sizes @ phi / hierarchy.sizes.sum(), 0) ** 2
-    # For each task a heap of leaves by excess over the rows taken so far and one.
-    claims = [[(-excess[k, d], 0, k) for k in np.flatnonzero(excess[:, d])] for d in range(len(weights))]
+    helps = (np.arange(len(order.leaves)) < order.best_prefix) | (mean[order.leaves] @ weights > 0)
+    leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
+    sizes = hierarchy.sizes[leaves]
+    asked = expected_square(mean[leaves] - hierarchy.sizes @ mean / hierarchy.sizes.sum(), sd[leaves])
+    # For each task a heap of leaves by what is asked of them over the rows taken so far and one.
+    claims = [[(-asked[k, d], 0, k) for k in np.flatnonzero(asked[:, d])] for d in range(len(weights))]
     for heap in claims:
         heapq.heapify(heap)
     turns = [(0.0, d) for d in range(len(weights)) if weights[d] > 0 and claims[d]]
@@ -240,7 +250,7 @@ def share(
             heapq.heappop(claims[d])
         if claims[d]:
             _, count, k = claims[d][0]
-            heapq.heapreplace(claims[d], (-excess[k, d] / (count + 2), count + 1, k))
+            heapq.heapreplace(claims[d], (-asked[k, d] / (count + 2), count + 1, k))
             heapq.heappush(turns, (taken + 1 / weights[d], d))
             left[k] -= 1
             free -= 1
@@ -250,7 +260,15 @@ def share(
         hierarchy.rows(leaf)[((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)]
         for leaf, size, count in zip(leaves, sizes, given, strict=True)
     ]
-    return np.concatenate(rows), np.repeat(np.arange(len(leaves)), given)
+    return np.concatenate(rows), np.repeat(ranks, given)
+
+
+def expected_square(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """E[max(x, 0)^2] of normal x: (mean^2 + sd^2) Phi(mean / sd) + mean sd phi(mean / sd), at least 0."""
+    ratio = mean / np.where(sd > 0, sd, 1)
+    density = np.exp(-0.5 * ratio**2) / np.sqrt(2 * np.pi)
+    spread = np.maximum((mean**2 + sd**2) * ndtr(ratio) + mean * sd * density, 0)
+    return np.where(sd > 0, spread, np.maximum(mean, 0) ** 2)
 
 
 def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:

@@ -151,9 +151,8 @@ class HarpResult:
         if choice.budget_by == "leaf":
             return cut(order, self.hierarchy, choice.budget)
         active = self.active(choice)
-        return share(
-            order, self.hierarchy, self.posterior.mean[:, active], self._weights(choice)[active], choice.budget
-        )
+        mean, sd = self.posterior.mean[:, active], self.posterior.sd[:, active]
+        return share(order, self.hierarchy, mean, sd, self._weights(choice)[active], choice.budget)
 
     def _weights(self, choice: Choice) -> np.ndarray:
         return np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import simpson
+from scipy.stats import entropy, norm
 
-from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict, share
+from harp_hf.envelopes import VARIANTS, Order, cut, expected_square, greedy, predict, share
 from harp_hf.errors import HarpError
 from harp_hf.hierarchy import Hierarchy
 
@@ -168,16 +170,17 @@ def test_the_leaf_that_crosses_the_budget_gives_its_nearest_rows() -> None:
 
 def test_tasks_share_a_small_budget_by_their_weights() -> None:
     phi = np.array([[0.5, 0.0, 0.0], [0.0, 0.3, 0.0], [0.0, 0.0, 0.1]])
+    known = np.zeros_like(phi)
     order = greedy(phi, np.zeros(3), np.ones(3), variant="harp-e")
     hierarchy = hierarchy_of([20, 20, 4])
-    rows, ranks = share(order, hierarchy, phi, np.ones(3), 30)
+    rows, ranks = share(order, hierarchy, phi, known, np.ones(3), 30)
     given = np.bincount(hierarchy.leaf[rows], minlength=3)
     assert given.tolist() == [13, 13, 4], "the third task's leaf has four rows, and the others share what it leaves"
     assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()
     assert (np.diff(ranks) >= 0).all()
-    heavy, _ = share(order, hierarchy, phi, np.array([3.0, 1.0, 0.0]), 16)
+    heavy, _ = share(order, hierarchy, phi, known, np.array([3.0, 1.0, 0.0]), 16)
     assert np.bincount(hierarchy.leaf[heavy], minlength=3).tolist() == [12, 4, 0]
-    more, _ = share(order, hierarchy, phi, np.array([1.0, 0.0, 0.0]), 30)
+    more, _ = share(order, hierarchy, phi, known, np.array([1.0, 0.0, 0.0]), 30)
     assert np.bincount(hierarchy.leaf[more], minlength=3).tolist() == [20, 10, 0], "what no task asks for, in order"
 
 
@@ -186,7 +189,8 @@ def test_a_task_takes_from_leaves_by_the_square_of_their_effect_beyond_the_mean(
     hierarchy = hierarchy_of([40, 40, 100, 160, 160])
     assert hierarchy.sizes @ phi / 500 == pytest.approx(0.184)
     order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-e")
-    given = np.bincount(hierarchy.leaf[share(order, hierarchy, phi, np.ones(1), 22)[0]], minlength=5)
+    rows, _ = share(order, hierarchy, phi, np.zeros_like(phi), np.ones(1), 22)
+    given = np.bincount(hierarchy.leaf[rows], minlength=5)
     first, second, third = (0.6 - 0.184) ** 2, (0.4 - 0.184) ** 2, (0.2 - 0.184) ** 2
     quota = 22 * np.array([first, second, third, 0, 0]) / (first + second + third)
     assert given.sum() == 22
@@ -194,28 +198,75 @@ def test_a_task_takes_from_leaves_by_the_square_of_their_effect_beyond_the_mean(
     assert given[3:].sum() == 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leaves_beyond_the_prefix_share_a_budget_but_not_those_that_harm(variant) -> None:
+    # One leaf brings the first task to 1, so that the prefix needs no other leaf of it.
+    phi = np.array([[1.0, 0.0], [0.98, 0.0], [0.95, 0.0], [0.0, 0.8], [0.9, -0.95], [-0.5, -0.5]])
+    hierarchy = hierarchy_of([40] * 6)
+    order = greedy(phi, np.zeros(2), np.ones(2), variant=variant)
+    assert order.leaves[: order.best_prefix].tolist() == [0, 3]
+    given = np.bincount(
+        hierarchy.leaf[share(order, hierarchy, phi, np.zeros_like(phi), np.ones(2), 60)[0]], minlength=6
+    )
+    assert given.sum() == 60
+    assert given[3] == 30
+    assert given[:3] == pytest.approx([10, 10, 10], abs=1)
+    assert given[4:].tolist() == [0, 0], "leaf 4 harms the second task more than it helps the first"
+
+
+def test_the_less_is_known_the_more_leaves_give_rows() -> None:
+    phi = np.linspace(0.3, 0.0, 16)[:, None]
+    hierarchy = hierarchy_of([20] * 16)
+    order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-e")
+    given = [
+        np.bincount(hierarchy.leaf[share(order, hierarchy, phi, phi * 0 + sd, np.ones(1), 64)[0]], minlength=16)
+        for sd in (0.0, 0.1, 10.0)
+    ]
+    entropies = [entropy(counts) for counts in given]
+    assert entropies == sorted(entropies)
+    assert given[0][8:].sum() == 0, "where all is known, no row comes from below the mean"
+    assert given[2][:15].tolist() == pytest.approx([4] * 15, abs=1), "where nothing is, leaves differ little"
+    unsure = np.where(np.arange(16)[:, None] == 12, 0.5, 0.0)
+    told = np.bincount(hierarchy.leaf[share(order, hierarchy, phi, unsure, np.ones(1), 64)[0]], minlength=16)
+    assert told[12] > 0
+    assert told[8:12].sum() + told[13:].sum() == 0
+
+
+@given(st.floats(-3, 3), st.floats(0.01, 3))
+@settings(deadline=None)
+def test_the_expected_square_is_the_integral(mean: float, sd: float) -> None:
+    x = np.linspace(0, max(mean, 0) + 12 * sd, 20_001)
+    expected = simpson(x**2 * norm.pdf(x, mean, sd), x=x)
+    found = expected_square(np.array([mean]), np.array([sd]))
+    assert found[0] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert expected_square(np.array([mean]), np.zeros(1))[0] == max(mean, 0) ** 2
+
+
 def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
     phi = np.array([[0.5], [-0.5]])
     order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-c")
     hierarchy = hierarchy_of([12, 5])
-    assert np.array_equal(share(order, hierarchy, phi, np.ones(1), 3)[0], hierarchy.rows(0)[[2, 6, 10]])
+    rows, _ = share(order, hierarchy, phi, np.zeros_like(phi), np.ones(1), 3)
+    assert np.array_equal(rows, hierarchy.rows(0)[[2, 6, 10]])
 
 
-@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS))
+@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS), st.sampled_from([0.0, 0.1]))
 @settings(deadline=None, max_examples=100)
-def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str) -> None:
+def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str, sd: float) -> None:
     phi, null, weights = problem
     hierarchy = hierarchy_of([3 + 2 * g for g in range(len(phi))])
     order = greedy(phi, null, weights, variant=variant)
-    rows, ranks = share(order, hierarchy, phi, weights, budget)
+    rows, ranks = share(order, hierarchy, phi, np.full_like(phi, sd), weights, budget)
     prefix = cut(order, hierarchy)[0]
     assert len(np.unique(rows)) == len(rows) <= budget
-    assert set(rows) <= set(prefix)
     assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()
+    assert (np.diff(ranks) >= 0).all()
     if len(prefix) <= budget:
         assert np.array_equal(rows, cut(order, hierarchy, budget)[0])
     else:
         assert len(rows) == budget
+        beyond = np.setdiff1d(hierarchy.leaf[rows], order.leaves[: order.best_prefix])
+        assert (phi[beyond] @ weights > 0).all()
 
 
 def test_bad_input_is_refused() -> None:

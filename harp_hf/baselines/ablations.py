@@ -10,7 +10,7 @@ from ..effects import active_tasks
 from ..envelopes import Order, greedy, share
 from ..execution.local import measure_leaves
 from ..measurements import Measurements
-from ..posterior import infer
+from ..posterior import Posterior, infer
 from ..priors import Prior
 from ..result import HarpResult
 from .selector import Cost, Problem, Ranking, descending, leaves_to_rows
@@ -30,7 +30,7 @@ class Exhaustive:
         """See [`Selector.rank`]; needs `result`, `run`, `finetuner` and `evaluator`. Stops at the best prefix."""
         problem.wanted(budget)
         result = self.measure(problem)
-        return _ranking(result, result.order(), result.posterior.mean, budget)
+        return _ranking(result, result.order(), result.posterior, budget)
 
     def measure(self, problem: Problem) -> HarpResult:
         """The problem's result with all leaves measured, those in its run directory not again."""
@@ -59,9 +59,10 @@ class Exhaustive:
 
 @dataclass(frozen=True)
 class TopPhi:
-    """Leaves by their mean effect over the active tasks, weighted as in the result: HARP without an envelope.
+    """Whole leaves by their mean effect over the active tasks, weighted as in the result: HARP without an envelope.
 
-    Leaves that do the same thing are not told apart, and harm to one task is made up for by good to another.
+    Leaves that do the same thing are not told apart, harm to one task is made up for by good to another, and tasks do
+    not share a budget.
     """
 
     def rank(self, problem: Problem, budget: int | None = None) -> Ranking:
@@ -71,8 +72,8 @@ class TopPhi:
         active, weights = _active(result)
         phi = result.posterior.mean[:, active] @ weights / weights.sum()
         leaves = descending(phi)
-        order = Order(leaves, phi[leaves], int((phi > 0).sum()))
-        return _ranking(result, order, result.posterior.mean, budget)
+        stop = int(result.hierarchy.sizes[phi > 0].sum())
+        return Ranking(leaves_to_rows(result.hierarchy, leaves), spent(result.measurements), stop)
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ class MeasuredOnly:
         problem.wanted(budget)
         result: HarpResult = problem.need("result", "measured-only")
         measured = result.measurements
-        effects, _ = measured.effects(result.task, len(result.tasks))
+        effects, variances = measured.effects(result.task, len(result.tasks))
         active, weights = _active(result)
         order = greedy(effects[:, active], result.null[active], weights, variant=result.choice.variant)
-        known = np.zeros_like(result.posterior.mean)
-        known[measured.leaves] = effects
+        known = Posterior(np.zeros_like(result.posterior.mean), np.zeros_like(result.posterior.sd))
+        known.mean[measured.leaves], known.sd[measured.leaves] = effects, np.sqrt(variances)
         ranking = _ranking(result, replace(order, leaves=measured.leaves[order.leaves]), known, budget)
         others = np.setdiff1d(np.arange(len(problem)), ranking.rows)
         shuffled = np.random.default_rng(problem.seed).permutation(others)
@@ -115,12 +116,12 @@ def _active(result: HarpResult) -> tuple[np.ndarray, np.ndarray]:
     return active, weights[active]
 
 
-def _ranking(result: HarpResult, order: Order, phi: np.ndarray, budget: int | None) -> Ranking:
+def _ranking(result: HarpResult, order: Order, known: Posterior, budget: int | None) -> Ranking:
     """Rows of the leaves in their order, beginning with those that share the budget as in [`HarpResult.select`]."""
     rows = leaves_to_rows(result.hierarchy, order.leaves)
     if result.choice.budget_by == "task":
         active, weights = _active(result)
-        first, _ = share(order, result.hierarchy, phi[:, active], weights, budget)
+        first, _ = share(order, result.hierarchy, known.mean[:, active], known.sd[:, active], weights, budget)
         rows = np.concatenate([first, rows[~np.isin(rows, first)]])
     stop = int(result.hierarchy.sizes[order.leaves[: order.best_prefix]].sum())
     return Ranking(rows, spent(result.measurements), stop)
