@@ -211,9 +211,9 @@ def share(
 
     So few rows need not come from the few leaves whose effects already exhaust the envelope: every leaf of the prefix
     has a part, and every other one whose own effects, weighted and summed, are above zero. Rows are handed out one by
-    one to the task that has fewest for its weight. A task takes them from these leaves in proportion to the expected
-    square of what they do to it beyond the mean row of the pool (by the divisor method of D'Hondt): from the few that
-    help where these are known, from many where little is. Rows that no task asks for go to the leaves in greedy order.
+    one to the task that has fewest for its weight. A task takes them from these leaves in proportion to the square of
+    their expected improvement on the mean row of the pool (by the divisor method of D'Hondt): from the few that help
+    it where these are known, from many where little is. Rows that no task asks for go to the leaves in greedy order.
     What a leaf gives is spread evenly over its rows from the centroid outwards, as its effect was measured on all of
     them.
 
@@ -236,7 +236,7 @@ def share(
     helps = (np.arange(len(order.leaves)) < order.best_prefix) | (mean[order.leaves] @ weights > 0)
     leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
     sizes = hierarchy.sizes[leaves]
-    asked = expected_square(mean[leaves] - hierarchy.sizes @ mean / hierarchy.sizes.sum(), sd[leaves])
+    asked = expected_improvement(mean[leaves] - hierarchy.sizes @ mean / hierarchy.sizes.sum(), sd[leaves]) ** 2
     # For each task a heap of leaves by what is asked of them over the rows taken so far and one.
     claims = [[(-asked[k, d], 0, k) for k in np.flatnonzero(asked[:, d])] for d in range(len(weights))]
     for heap in claims:
@@ -263,12 +263,11 @@ def share(
     return np.concatenate(rows), np.repeat(ranks, given)
 
 
-def expected_square(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    """E[max(x, 0)^2] of normal x: (mean^2 + sd^2) Phi(mean / sd) + mean sd phi(mean / sd), at least 0."""
+def expected_improvement(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """E[max(x, 0)] of normal x: mean Phi(mean / sd) + sd phi(mean / sd) (Jones, Schonlau and Welch, 1998)."""
     ratio = mean / np.where(sd > 0, sd, 1)
     density = np.exp(-0.5 * ratio**2) / np.sqrt(2 * np.pi)
-    spread = np.maximum((mean**2 + sd**2) * ndtr(ratio) + mean * sd * density, 0)
-    return np.where(sd > 0, spread, np.maximum(mean, 0) ** 2)
+    return np.where(sd > 0, np.maximum(mean * ndtr(ratio) + sd * density, 0), np.maximum(mean, 0))
 
 
 def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:

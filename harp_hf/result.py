@@ -158,7 +158,10 @@ class HarpResult:
         return np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])
 
     def predicted(self, choice: Choice | None = None) -> np.ndarray:
-        """(D,) score that the envelope expects of each task after finetuning on the chosen leaves."""
+        """(D,) score that the envelope expects of each task after finetuning on the leaves that give chosen rows.
+
+        A leaf counts as a whole, however few of its rows are chosen: effects are known of whole leaves only.
+        """
         choice = choice or self.choice
         leaves = np.unique(self.hierarchy.leaf[self.chosen(choice)[0]])
         return predict(self.posterior.mean, self.null, leaves, choice.variant)

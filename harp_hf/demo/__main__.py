@@ -22,7 +22,7 @@ ROWS = 240
 
 
 def main() -> None:
-    """Measure the demo's pool, print the table, save both selections and finetune on them."""
+    """Measure the demo's pool, print the table, save the selection and finetune on it."""
     parser = argparse.ArgumentParser(prog="python -m harp_hf.demo", description=main.__doc__)
     parser.add_argument("--output_dir", default="runs/demo", help="the run directory")
     asked = parser.parse_args()
@@ -47,16 +47,16 @@ def main() -> None:
     result = measure(data.pool, data.proxy, model, args, peft_config)
     print(result.summary())
 
-    selections = {"base model": np.array([], np.int64)}
-    for variant in ("harp-c", "harp-e"):
-        selected = result.select(variant)
-        with quiet():
-            selected.to_parquet(f"{asked.output_dir}/result/{variant}/train.parquet")
-        selections[variant] = np.array(selected["harp_row"])
-        skills = Counter(selected["skill"])
-        print(f"{variant} chose", ", ".join(f"{count} {skill}" for skill, count in skills.most_common()))
-    count = max(map(len, selections.values()))
-    selections["random"] = np.random.default_rng(args.seed).choice(len(data.pool), count, replace=False)
+    selected = result.select()
+    with quiet():
+        selected.to_parquet(f"{asked.output_dir}/result/{args.variant}/train.parquet")
+    skills = Counter(selected["skill"])
+    print("HARP chose", ", ".join(f"{count} {skill}" for skill, count in skills.most_common()))
+    selections = {
+        "base model": np.array([], np.int64),
+        "HARP": np.array(selected["harp_row"]),
+        "random": np.random.default_rng(args.seed).choice(len(data.pool), len(selected), replace=False),
+    }
 
     test = load_proxy(data.test)
     final = copy(args)
@@ -71,9 +71,8 @@ def main() -> None:
         means[name] = np.mean(by_task)
         table.add_row(name, str(len(selections[name])), *(f"{v:.2f}" for v in [*by_task, means[name]]))
     Console(width=120).print(table)
-    print(f"Selections saved in {asked.output_dir}/result/harp-c and {asked.output_dir}/result/harp-e.")
-    best = max("harp-c", "harp-e", key=lambda variant: means[variant])
-    print(f"{best.upper()} beats random rows by {100 * (means[best] - means['random']):+.1f} points.")
+    print(f"Selection saved in {asked.output_dir}/result/{args.variant}.")
+    print(f"HARP against random rows: {100 * (means['HARP'] - means['random']):+.1f} points.")
 
 
 if __name__ == "__main__":
