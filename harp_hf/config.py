@@ -55,6 +55,9 @@ class HarpConfig(SFTConfig):
 
         max_measurements (`int`, *optional*):
             At most that many leaves are finetuned. By default one and a half a parent.
+        control (`bool`, *optional*, defaults to `True`):
+            Also finetunes on `leaf_size` random rows of the pool: where they may do as well for a task as its best
+            leaf, its part of a shared budget goes to rows from all over. The paper has no such control.
         num_repeats (`int`, *optional*, defaults to `1`):
             Finetunes of every measured leaf, with different seeds. More than one lets run-to-run variance be
             estimated.
@@ -114,8 +117,8 @@ class HarpConfig(SFTConfig):
             At most that many rows are selected. By default the best prefix of the greedy order is taken whole.
         budget_by (`str`, *optional*, defaults to `"task"`):
             How a budget below the best prefix is spent: `"task"` (the tasks share it, each taking rows from all leaves
-            that help, most from those that are expected to help it most) or `"leaf"` (whole leaves in greedy order, as
-            in the paper).
+            that help, most from those that help it most) or `"leaf"` (whole leaves in greedy order,
+            as in the paper).
         task_weights (`dict[str, float]` or `str`, *optional*):
             Weight of each task in the objective, as a dict or a JSON object; tasks not named weigh 1.
         source_column (`str`, *optional*):
@@ -169,6 +172,7 @@ class HarpConfig(SFTConfig):
     max_measurements: int | None = field(
         default=None, metadata={"help": "At most that many leaves are finetuned (default: one and a half a parent)."}
     )
+    control: bool = field(default=True, metadata={"help": "Also finetune on random rows, as a control."})
     num_repeats: int = field(default=1, metadata={"help": "Finetunes of every measured leaf."})
     metric: str = field(
         default="auto",

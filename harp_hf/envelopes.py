@@ -202,28 +202,29 @@ def cut(order: Order, hierarchy: Hierarchy, budget: int | None = None) -> tuple[
 def share(
     order: Order,
     hierarchy: Hierarchy,
-    mean: np.ndarray,
-    sd: np.ndarray,
+    phi: np.ndarray,
     weights: np.ndarray,
     budget: int | None = None,
+    at_large: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that the tasks choose by turns, where the budget is smaller than the best prefix.
 
     So few rows need not come from the few leaves whose effects already exhaust the envelope: every leaf of the prefix
     has a part, and every other one whose own effects, weighted and summed, are above zero. Rows are handed out one by
-    one to the task that has fewest for its weight. A task takes them from these leaves in proportion to the square of
-    their expected improvement on the mean row of the pool (by the divisor method of D'Hondt): from the few that help
-    it where these are known, from many where little is. Rows that no task asks for go to the leaves in greedy order.
-    What a leaf gives is spread evenly over its rows from the centroid outwards, as its effect was measured on all of
-    them.
+    one to the task that has fewest for its weight (all this by the divisor method of D'Hondt). A task takes them from
+    these leaves in proportion to the square of what they do to it beyond the mean row of the pool, so that several
+    leaves that each hold a part of it all have their part. What tasks leave to the pool at large is taken from all
+    these leaves by their size. Rows that nobody asks for go to the leaves in greedy order. What a leaf gives is spread
+    evenly over its rows from the centroid outwards, as its effect was measured on all of them.
 
     Args:
         order: from `greedy`.
         hierarchy: the rows of every leaf.
-        mean: (G, D) posterior means of all leaves on the active tasks.
-        sd: (G, D) posterior standard deviations, not negative.
+        phi: (G, D) effects of all leaves on the active tasks.
         weights: (D,) weight of each task, not negative.
         budget: largest number of rows, at least 1; None for no limit.
+        at_large: (D,) part of its weight that each task leaves to the pool at large, in [0, 1]; None for nothing. See
+            `random_as_good`.
 
     Returns:
         As of `cut`, which gives the same where the budget holds the whole prefix.
@@ -233,25 +234,30 @@ def share(
     """
     if budget is None or budget < 1 or hierarchy.sizes[order.leaves[: order.best_prefix]].sum() <= budget:
         return cut(order, hierarchy, budget)
-    helps = (np.arange(len(order.leaves)) < order.best_prefix) | (mean[order.leaves] @ weights > 0)
+    helps = (np.arange(len(order.leaves)) < order.best_prefix) | (phi[order.leaves] @ weights > 0)
     leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
     sizes = hierarchy.sizes[leaves]
-    asked = expected_improvement(mean[leaves] - hierarchy.sizes @ mean / hierarchy.sizes.sum(), sd[leaves]) ** 2
-    # For each task a heap of leaves by what is asked of them over the rows taken so far and one.
+    asked = np.maximum(phi[leaves] - hierarchy.sizes @ phi / hierarchy.sizes.sum(), 0) ** 2
+    if at_large is not None:
+        asked = np.column_stack([asked, sizes])
+        weights = np.append(weights * (1 - at_large), weights @ at_large)
+    # For each claimant a heap of leaves by what it asks of them over the rows it has taken so far and one.
     claims = [[(-asked[k, d], 0, k) for k in np.flatnonzero(asked[:, d])] for d in range(len(weights))]
     for heap in claims:
         heapq.heapify(heap)
-    turns = [(0.0, d) for d in range(len(weights)) if weights[d] > 0 and claims[d]]
+    # And one of claimants by the rows they would have with one more, over their weight.
+    turns = [(1 / weights[d], d) for d in range(len(weights)) if weights[d] > 0 and claims[d]]
+    heapq.heapify(turns)
     left = sizes.copy()
     free = int(budget)
     while turns and free:
-        taken, d = heapq.heappop(turns)
+        turn, d = heapq.heappop(turns)
         while claims[d] and not left[claims[d][0][2]]:
             heapq.heappop(claims[d])
         if claims[d]:
             _, count, k = claims[d][0]
             heapq.heapreplace(claims[d], (-asked[k, d] / (count + 2), count + 1, k))
-            heapq.heappush(turns, (taken + 1 / weights[d], d))
+            heapq.heappush(turns, (turn + 1 / weights[d], d))
             left[k] -= 1
             free -= 1
     unasked = np.minimum(left, np.maximum(free - np.cumsum(left) + left, 0))
@@ -263,11 +269,22 @@ def share(
     return np.concatenate(rows), np.repeat(ranks, given)
 
 
-def expected_improvement(mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    """E[max(x, 0)] of normal x: mean Phi(mean / sd) + sd phi(mean / sd) (Jones, Schonlau and Welch, 1998)."""
-    ratio = mean / np.where(sd > 0, sd, 1)
-    density = np.exp(-0.5 * ratio**2) / np.sqrt(2 * np.pi)
-    return np.where(sd > 0, np.maximum(mean * ndtr(ratio) + sd * density, 0), np.maximum(mean, 0))
+def random_as_good(mean: np.ndarray, sd: np.ndarray, control: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Probability that random rows bring a task at least what its best leaf brings it.
+
+    Both are taken as normal and independent; the best leaf is that of the largest mean.
+
+    Args:
+        mean: (G, D) posterior means of the effects of all leaves.
+        sd: (G, D) posterior standard deviations.
+        control: (D,) measured effects of random rows.
+        variance: (D,) their variances, above zero.
+
+    Returns:
+        (D,) probabilities.
+    """
+    best = mean.argmax(axis=0), np.arange(mean.shape[1])
+    return ndtr((control - mean[best]) / np.sqrt(variance + sd[best] ** 2))
 
 
 def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:

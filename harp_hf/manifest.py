@@ -17,8 +17,8 @@ from .texts import is_secret, without_tokens
 
 # Settings that change neither a finetune nor a score; all other fields of HarpConfig do.
 _INDIFFERENT = {
-    "output_dir", "max_measurements", "num_repeats", "variant", "budget", "budget_by", "task_weights", "active_tasks",
-    "prior", "similarity", "source_column", "backend", "vllm_gpu_memory_utilization", "vllm_max_loras",
+    "output_dir", "max_measurements", "control", "num_repeats", "variant", "budget", "budget_by", "task_weights",
+    "active_tasks", "prior", "similarity", "source_column", "backend", "vllm_gpu_memory_utilization", "vllm_max_loras",
     "measurement_timeout", "executor", "ray_address", "ray_num_workers", "ray_cores_per_worker", "ray_gpus_per_worker",
     "features", "metric", "null_scores", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
     "logging_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",

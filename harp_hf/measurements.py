@@ -11,10 +11,18 @@ from .effects import measured_effects
 from .errors import HarpError
 from .rundir import RunDir
 
+# Stands where a leaf is named for random rows of the pool, which are measured as a control.
+CONTROL = -1
+
+
+def leaf_name(leaf: int) -> str:
+    """What a leaf is called: "leaf 12", or "random rows" if it is the control."""
+    return "random rows" if leaf == CONTROL else f"leaf {leaf}"
+
 
 def measurement_file(leaf: int, seed: int) -> str:
     """Name of the file of one measurement in the run directory."""
-    return f"measurements/{leaf}-{seed}.npz"
+    return f"measurements/{'random' if leaf == CONTROL else leaf}-{seed}.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +34,8 @@ class Measurements:
         scores (`np.ndarray`): (m, R, n_proxy) score of every proxy row in each of R repeats, in [0, 1]; NaN in a
             repeat that failed where another did not.
         null (`np.ndarray`): (n_proxy,) scores of the base model.
-        failed (`dict[int, str]`): Leaves without any finished finetune, and why.
+        control (`np.ndarray`, *optional*): (R, n_proxy) the same as `scores` after finetunes on random rows.
+        failed (`dict[int, str]`): Leaves without any finished finetune, and why; maybe `CONTROL` among them.
         rows (`dict[int, np.ndarray]`): Pool rows that each leaf of `leaves` was really trained on.
         cost (`dict[str, float]`): `finetunes`, `tokens_training`, `tokens_evaluation`, `seconds_training`,
             `seconds_evaluation`.
@@ -38,16 +47,17 @@ class Measurements:
     failed: dict[int, str] = field(default_factory=dict)
     rows: dict[int, np.ndarray] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    control: np.ndarray | None = None
 
     @classmethod
     def read(cls, run: RunDir, leaves: np.ndarray, seeds: Sequence[int], null: dict[str, np.ndarray]) -> Measurements:
-        """Collect the measurements of `leaves` with `seeds`.
+        """Collect the measurements of `leaves`, maybe `CONTROL` among them, with `seeds`.
 
         Raises:
             HarpError: Not one leaf could be measured.
         """
         n_proxy = len(null["scores"])
-        kept, scores, failed = [], [], {}
+        kept, scores, failed, control = [], [], {}, None
         rows: dict[int, np.ndarray] = {}
         cost = {"finetunes": 0.0, "tokens_training": 0.0, "tokens_evaluation": float(null["tokens"])}
         cost |= {"seconds_training": 0.0, "seconds_evaluation": float(null["seconds"])}
@@ -64,17 +74,30 @@ class Measurements:
                     rows[leaf] = np.union1d(rows.get(leaf, found["rows"]), found["rows"])
             if np.isnan(repeats).all():
                 failed[leaf] = reason
+            elif leaf == CONTROL:
+                control = repeats
+                del rows[CONTROL]
             else:
                 kept.append(leaf)
                 scores.append(repeats)
         if not kept:
             raise HarpError(f"Not one of {len(failed)} leaves could be measured: {next(iter(failed.values()))}.")
-        return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost)
+        return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost, control)
 
     def effects(self, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
         """(m, n_tasks) effects of the measured leaves and their variances; see [`measured_effects`]."""
+        return self._effects(self.scores, task, n_tasks)
+
+    def control_effects(self, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(n_tasks,) effects of random rows and their variances, as of a leaf; None where they were not measured."""
+        if self.control is None:
+            return None
+        effects, variances = self._effects(np.concatenate([self.scores, self.control[None]]), task, n_tasks)
+        return effects[-1], variances[-1]
+
+    def _effects(self, scores: np.ndarray, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
         replicates = None
-        if self.scores.shape[1] > 1:
+        if scores.shape[1] > 1:
             member = np.eye(n_tasks)[task]
-            replicates = self.scores @ (member / member.sum(axis=0))
-        return measured_effects(np.nanmean(self.scores, axis=1), self.null, task, n_tasks, replicates=replicates)
+            replicates = scores @ (member / member.sum(axis=0))
+        return measured_effects(np.nanmean(scores, axis=1), self.null, task, n_tasks, replicates=replicates)

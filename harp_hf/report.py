@@ -10,6 +10,7 @@ import numpy as np
 
 from .envelopes import VARIANTS, Variant
 from .errors import MissingExtraError
+from .measurements import leaf_name
 from .pool import row_parts
 from .rundir import RunDir
 from .smoothness import smoothness
@@ -58,6 +59,7 @@ def write_report(result: HarpResult, path: str | Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters["compact"] = _compact
+    environment.filters["leaf_name"] = leaf_name
     drawn = draw_figures(result)
     page = environment.get_template("report.html").render(figures=drawn, model=_model(run), **_facts(result))
     for section, group in drawn.items():
@@ -109,7 +111,8 @@ def draw_figures(result: HarpResult) -> dict[str, list[Figure]]:
 
 def _facts(result: HarpResult) -> dict[str, Any]:
     """Everything the page says in words and numbers."""
-    active, measured, predicted = result.active(), result.measurements, _predicted(result)
+    active, measured, predicted = result.active(), result.measurements, list(_predicted(result).values())
+    scores = predicted if result.control is None else [result.control, *predicted]
     found = _smoothness(result)
     return {
         "choice": result.choice,
@@ -121,11 +124,11 @@ def _facts(result: HarpResult) -> dict[str, Any]:
         "active": active,
         "tasks": [
             {"name": task, "metric": result.metrics[d], "null": result.null[d], "active": active[d],
-             "predicted": [scores[d] for scores in predicted.values()],
+             "scores": [every[d] for every in scores],
              "weight": (result.choice.task_weights or {}).get(task, 1.0)}
             for d, task in enumerate(result.tasks)
         ],
-        "means": [scores[active].mean() for scores in (result.null, *predicted.values())] if active.any() else [],
+        "means": [every[active].mean() for every in (result.null, *scores)] if active.any() else [],
         "selections": {variant: _selection(result, variant) for variant in VARIANTS},
         "seconds": {stage: result.seconds[stage] for stage in _STAGES if stage in result.seconds},
         "costs": _costs(result),
@@ -223,8 +226,9 @@ class _Cost:
 def _costs(result: HarpResult) -> list[_Cost]:
     """What was spent, and what the same for every leaf would have cost; failed finetunes are taken to cost nothing."""
     measured, cost = result.measurements, result.measurements.cost
-    done = max(int((~np.isnan(measured.scores).all(axis=2)).sum()), 1)
-    wanted = result.hierarchy.n_leaves * measured.scores.shape[1]
+    control = 0 if measured.control is None else len(measured.control)
+    done = max(int((~np.isnan(measured.scores).all(axis=2)).sum()) + control, 1)
+    wanted = result.hierarchy.n_leaves * measured.scores.shape[1] + control
     costs = [_Cost("finetunes", cost["finetunes"], wanted)]
     for what, name, base in (("tokens trained", "tokens_training", 0), ("tokens evaluated", "tokens_evaluation", 1)):
         # The base model is evaluated once, however many leaves are measured.

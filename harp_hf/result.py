@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from .config import HarpConfig, check_choice
 from .effects import active_tasks
-from .envelopes import BudgetBy, Order, Variant, cut, greedy, predict, share
+from .envelopes import BudgetBy, Order, Variant, cut, greedy, predict, random_as_good, share
 from .errors import ConfigError, DataError, HarpError
 from .hierarchy import Hierarchy
 from .measurements import Measurements
@@ -151,8 +151,10 @@ class HarpResult:
         if choice.budget_by == "leaf":
             return cut(order, self.hierarchy, choice.budget)
         active = self.active(choice)
-        mean, sd = self.posterior.mean[:, active], self.posterior.sd[:, active]
-        return share(order, self.hierarchy, mean, sd, self._weights(choice)[active], choice.budget)
+        return share(
+            order, self.hierarchy, self.posterior.mean[:, active], self._weights(choice)[active], choice.budget,
+            self.at_large(self.posterior)[active],
+        )  # fmt: skip
 
     def _weights(self, choice: Choice) -> np.ndarray:
         return np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])
@@ -170,6 +172,17 @@ class HarpResult:
     def null(self) -> np.ndarray:
         """(D,) null scores: the base model's mean score on each task."""
         return np.bincount(self.task, self.measurements.null) / np.bincount(self.task)
+
+    @property
+    def control(self) -> np.ndarray | None:
+        """(D,) mean score on each task after finetuning on random rows; None where that was not measured."""
+        measured = self.measurements.control_effects(self.task, len(self.tasks))
+        return None if measured is None else self.null + measured[0]
+
+    def at_large(self, known: Posterior) -> np.ndarray:
+        """(D,) probability that random rows do as well as the best leaf; zeros where they were not measured."""
+        measured = self.measurements.control_effects(self.task, len(self.tasks))
+        return np.zeros(len(self.tasks)) if measured is None else random_as_good(known.mean, known.sd, *measured)
 
     def explain(self, row: int) -> dict[str, Any]:
         """Why a row of the pool was chosen or not.

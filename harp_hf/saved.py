@@ -33,6 +33,7 @@ def save_result(result: HarpResult, path: str | Path) -> None:
         **{f"hierarchy_{k}": v for k, v in result.hierarchy.arrays().items()},
         **{f"source_{k}": v for k, v in told.items()},
         **({"similarity": result.similarity} if result.similarity is not None else {}),
+        **({"control": measured.control} if measured.control is not None else {}),
     )  # fmt: skip
     run.write_json("result/seconds.json", {"seconds": result.seconds, "cost": measured.cost})
     run.write_json("result/result.json", {
@@ -73,7 +74,9 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
     leaves = arrays["leaves"].tolist()
     rows = dict(zip(leaves, np.split(arrays["trained_rows"], arrays["trained_ends"][:-1]), strict=True))
     failed = {int(k): v for k, v in known["failed"].items()}
-    measured = Measurements(arrays["leaves"], arrays["scores"], arrays["null"], failed, rows, costs["cost"])
+    measured = Measurements(
+        arrays["leaves"], arrays["scores"], arrays["null"], failed, rows, costs["cost"], arrays.get("control")
+    )  # fmt: skip
     sources = None
     if known.get("sources"):
         sources = Sources(known["sources"], *(arrays[f"source_{name}"] for name in ("row", "mean", "sd")))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .features import comparable, load_features, load_proxy_features
 from .hierarchy import Hierarchy, build_hierarchy
 from .inputs import Inputs, read_inputs
 from .manifest import describe_call
-from .measurements import Measurements
+from .measurements import CONTROL, Measurements
 from .processes import from_main, join, main_first
 from .proxy import ProxySet
 from .result import HarpResult, conclude
@@ -121,11 +122,12 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))
 
     seeds = range(args.seed, args.seed + args.num_repeats)
-    todo = [(g, s) for s in seeds for g in leaves.tolist()]
+    wanted = np.append(leaves, CONTROL) if args.control else leaves
+    todo = [(g, s) for s in seeds for g in wanted.tolist()]
     with stage(run, "measurements"):
-        null = _executor(args)(run, todo, hierarchy.rows, given, args)
+        null = _executor(args)(run, todo, partial(_rows, hierarchy, args), given, args)
 
-    measured = Measurements.read(run, leaves, seeds, null)
+    measured = Measurements.read(run, wanted, seeds, null)
     seconds = run.read_json("seconds.json") | {
         "training": measured.cost["seconds_training"], "evaluation": measured.cost["seconds_evaluation"]
     }  # fmt: skip
@@ -136,6 +138,15 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
         )  # fmt: skip
         from_main(lambda: result.save(run.path))
     return replace(result, path=run.path)
+
+
+def _rows(hierarchy: Hierarchy, args: HarpConfig, leaf: int) -> np.ndarray:
+    """Pool rows of a leaf, or those of the control."""
+    if leaf != CONTROL:
+        return hierarchy.rows(leaf)
+    n_rows = len(hierarchy.leaf)
+    drawn = np.random.default_rng(args.seed).choice(n_rows, min(args.leaf_size, n_rows), replace=False)
+    return np.sort(drawn)
 
 
 def _executor(args: HarpConfig) -> Callable[..., dict[str, np.ndarray]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import events
 from .errors import RunDirError
+from .measurements import leaf_name
 from .rundir import RunDir
 
 
@@ -60,7 +61,8 @@ class Status:
         else:
             state = f"stopped ({self.ended or 'killed'}); the same command continues it"
         lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"leaves: {self.progress}"]
-        lines += [f"  leaf {leaf}, seed {seed}, failed: {why}" for (leaf, seed), why in sorted(self.failed.items())]
+        failed = sorted(self.failed.items())
+        lines += [f"  {leaf_name(leaf)}, seed {seed}, failed: {why}" for (leaf, seed), why in failed]
         if self.seconds:
             lines.append(f"time: {sum(self.seconds) / len(self.seconds):.1f} s a leaf{self._remaining()}")
         lines += [

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .measurements import CONTROL, leaf_name
 from .sources import Z90
 from .texts import printable
 
@@ -30,19 +31,23 @@ def summarise(result: HarpResult) -> str:
     choices = {v: replace(result.choice, variant=v) for v in ("harp-c", "harp-e")}
     predicted = {v: result.predicted(c) if active.any() else result.null for v, c in choices.items()}
 
+    scores = {"null score": result.null}
+    if result.control is not None:
+        scores["random rows"] = result.control
+    scores |= {f"{v.upper()}\npredicts": predicted[v] for v in choices}
     table = Table(title="Tasks")
-    for name, justify in (("task", "left"), ("metric", "left"), ("null score", "right"), ("active", "center"),
-                          ("HARP-C predicts", "right"), ("HARP-E predicts", "right")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    table.add_column("active", justify="center")
+    for name in scores:
+        table.add_column(name, justify="right", overflow="fold")
     for d, task in enumerate(result.tasks):
-        table.add_row(
-            printable(task), printable(result.metrics[d]), f"{result.null[d]:.3f}", "yes" if active[d] else "no",
-            *(f"{predicted[v][d]:.3f}" for v in choices),
-        )  # fmt: skip
+        told = (f"{every[d]:.3f}" for every in scores.values())
+        table.add_row(printable(task), printable(result.metrics[d]), "yes" if active[d] else "no", *told)
     if active.any():
-        means = [f"{p[active].mean():.3f}" for p in predicted.values()]
         table.add_section()
-        table.add_row("mean of active tasks", "", f"{result.null[active].mean():.3f}", str(active.sum()), *means)
+        means = (f"{every[active].mean():.3f}" for every in scores.values())
+        table.add_row("mean of active tasks", "", str(active.sum()), *means)
     console.print(table)
 
     measured, cost = result.measurements, result.measurements.cost
@@ -67,13 +72,15 @@ def summarise(result: HarpResult) -> str:
 
     console.print(
         f"Finetunes: {cost['finetunes']:.0f}, on {len(measured.leaves)} of {result.hierarchy.n_leaves} leaves"
+        + (" and random rows" if measured.control is not None else "")
         + (f" ({len(measured.failed)} failed)" if measured.failed else "") + ". "
         f"Tokens: {cost['tokens_training']:,.0f} trained, {cost['tokens_evaluation']:,.0f} evaluated."
     )  # fmt: skip
     spent = [f"{stage} {result.seconds[stage]:.0f}" for stage in _STAGES if stage in result.seconds]
     console.print(f"Seconds: {', '.join(spent)}.")
     for leaf, reason in measured.failed.items():
-        console.print(f"Leaf {leaf} was not measured: {printable(reason)}.")
+        verb = "were" if leaf == CONTROL else "was"
+        console.print(f"{leaf_name(leaf).capitalize()} {verb} not measured: {printable(reason)}.")
     for note in result.posterior.notes:
         console.print(f"Note: {note}")
     return console.file.getvalue()

@@ -1,4 +1,4 @@
-"""From a pool to a selection, offline with six small finetunes, or on files of your own.
+"""From a pool to a selection, offline with seven small finetunes, or on files of your own.
 
     pip install -e ".[cpu,demo]"
     python recipes/quickstart.py
@@ -45,7 +45,7 @@ args = HarpConfig(
     output_dir=asked.output_dir,
     features=features,
     leaf_size=asked.leaf_size,
-    max_measurements=6,  # finetunes; more of them say more about every leaf
+    max_measurements=6,  # leaves finetuned on, beside random rows; more of them say more about every leaf
     max_steps=8,
     per_device_train_batch_size=16,
     learning_rate=1e-3,

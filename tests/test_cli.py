@@ -86,7 +86,7 @@ def test_select_prints_the_table_and_writes_what_datasets_loads(run, disk):
 
 def test_select_reports_progress_and_nothing_of_the_libraries_on_stderr(run):
     lines = [line for line in run[1].stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert any("Measuring leaves: 100%" in line and "4/4" in line for line in lines)
+    assert any("Measuring leaves: 100%" in line and "5/5" in line for line in lines)
     bars = ("Measuring leaves:", "Generating train split:")  # the latter by datasets, where it reads a file at first
     assert [line for line in lines if not line.startswith(bars)] == [
         "The proxy set has no features of its own, so similarity to it is not used.",
@@ -105,7 +105,7 @@ def test_flags_win_over_yaml_and_reach_the_finetunes(disk, tmp_path, counted, ca
     assert (settings["max_steps"], settings["leaf_size"]) == (8, 12), "what no flag names is as in the YAML file"
     assert (adapter["r"], adapter["lora_alpha"], adapter["target_modules"]) == (3, 5, ["q_proj", "v_proj"])
     assert settings["metric"] == ["likelihood"] * 2
-    assert counted == {"finetune": 1, "evaluate": 2}
+    assert counted == {"finetune": 2, "evaluate": 3}, "one leaf, random rows and the base model"
     assert "Selection written" not in capsys.readouterr().out
     assert not list((tmp_path / "run").rglob("*.parquet")), "measure leaves selecting to cut"
 
@@ -169,7 +169,7 @@ def test_the_config_that_a_run_writes_repeats_it(run, disk, tmp_path, counted, c
     assert counted == {}, "in the same directory everything is there already"
     assert yaml.safe_load((run[0] / "config.yaml").read_text()) == written
     cli.main(["select", "--config", str(run[0] / "config.yaml"), "--output_dir", str(tmp_path / "other")])
-    assert counted["finetune"] == 4
+    assert counted["finetune"] == 5
     assert load_result(tmp_path / "other").select().to_list() == before
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (run[0], tmp_path / "other")]
     assert manifests[0] == manifests[1]

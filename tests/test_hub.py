@@ -207,7 +207,7 @@ def test_rendered_card_has_every_section_and_whole_tables(client, hub, result):
             low, high = map(float, scores[task][place].split(" to "))
             assert 0 <= low <= high <= 1
     cost = {row[0]: row[1] for row in found[2]}
-    assert cost["finetunes of leaves"] == f"4, on 4 of {result.hierarchy.n_leaves} leaves"
+    assert cost["finetunes"] == f"5, on 4 of {result.hierarchy.n_leaves} leaves and random rows"
     assert cost["tokens trained on"] == f"{result.measurements.cost['tokens_training']:,.0f}"
     assert not re.search("figures|<img", page), "no figures, no links to them"
 

@@ -20,8 +20,9 @@ import harp_hf
 from harp_hf import HarpConfig, HarpError
 from harp_hf.errors import ConfigError, MissingExtraError
 
-MEASUREMENTS = 6
-SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": MEASUREMENTS, "max_steps": 4, "learning_rate": 3e-2,
+LEAVES = 5
+MEASUREMENTS = LEAVES + 1  # random rows too
+SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": LEAVES, "max_steps": 4, "learning_rate": 3e-2,
             "use_cpu": True}  # fmt: skip
 DEADLINE = 240
 

@@ -240,8 +240,9 @@ def test_the_summary_says_what_was_found_and_what_it_cost(result, labelled):
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     predicted = {v: result.predicted(replace(result.choice, variant=v)) for v in ("harp-c", "harp-e")}
     for d, task in enumerate(["red", "green"]):
-        assert [task, "exact_match", f"{result.null[d]:.3f}", "yes" if result.active()[d] else "no",
-                f"{predicted['harp-c'][d]:.3f}", f"{predicted['harp-e'][d]:.3f}"] in cells  # fmt: skip
+        scores = (result.null, result.control, *predicted.values())
+        active = "yes" if result.active()[d] else "no"
+        assert [task, "exact_match", active, *(f"{every[d]:.3f}" for every in scores)] in cells
     for variant, name in (("harp-c", "HARP-C (this run's)"), ("harp-e", "HARP-E")):
         chosen = result.select(variant)
         assert [
@@ -251,7 +252,7 @@ def test_the_summary_says_what_was_found_and_what_it_cost(result, labelled):
             "96",
         ] in cells
     cost = result.measurements.cost
-    assert f"Finetunes: 6, on 6 of {result.hierarchy.n_leaves} leaves." in text
+    assert f"Finetunes: 7, on 6 of {result.hierarchy.n_leaves} leaves and random rows." in text
     assert f"{cost['tokens_training']:,.0f} trained, {cost['tokens_evaluation']:,.0f} evaluated" in text
     assert min(cost.values()) > 0
     for stage in ("features", "hierarchy", "training", "evaluation"):

@@ -19,8 +19,9 @@ from harp_hf.finetune import LeafFinetuner
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
 
-MEASUREMENTS = 6
-SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": MEASUREMENTS, "max_steps": 4, "learning_rate": 3e-2,
+LEAVES = 5
+MEASUREMENTS = LEAVES + 1  # random rows too
+SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": LEAVES, "max_steps": 4, "learning_rate": 3e-2,
             "metric": "likelihood", "use_cpu": True}  # fmt: skip
 # Where the process kills itself, one start after the other in one directory: the file it is writing, which of those
 # that this start writes, whether half of it is written or all, and how many measurements are finished then.
@@ -211,12 +212,12 @@ def test_what_only_chooses_may_change(again, trained):
 
 def test_more_measurements_and_repeats_reuse_those_made(again, trained, undisturbed):
     before, few = finished(undisturbed), again()
-    more = again(max_measurements=MEASUREMENTS + 1)
+    more = again(max_measurements=LEAVES + 1)
     assert len(trained) == 1
-    assert more.measurements.leaves[:MEASUREMENTS].tolist() == few.measurements.leaves.tolist()
-    assert np.array_equal(more.measurements.scores[:MEASUREMENTS], few.measurements.scores)
+    assert more.measurements.leaves[:LEAVES].tolist() == few.measurements.leaves.tolist()
+    assert np.array_equal(more.measurements.scores[:LEAVES], few.measurements.scores)
     trained.clear()
-    fewer = again(max_measurements=MEASUREMENTS - 1)
+    fewer = again(max_measurements=LEAVES - 1)
     assert fewer.measurements.leaves.tolist() == few.measurements.leaves.tolist()[:-1]
     assert trained == []
     twice = again(num_repeats=2)

@@ -238,7 +238,7 @@ def test_selectors_share_what_the_run_has_measured(run, disk, made, capsys):
     before = (run / "config.yaml").read_bytes()
     for name in ("top-phi", "measured-only"):
         printed = lines(capsys, "select", "--config", disk / "harp.yaml", "--selector", name)
-        assert printed[0].startswith("Finetunes: 4. Tokens: "), "the cost of what was measured before"
+        assert printed[0].startswith("Finetunes: 5. Tokens: "), "the cost of what was measured before"
         assert (run / "result" / name / "train.parquet").is_file()
     assert made == []
     n_leaves = load_result(run).hierarchy.n_leaves

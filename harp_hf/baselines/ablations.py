@@ -9,7 +9,7 @@ import numpy as np
 from ..effects import active_tasks
 from ..envelopes import Order, greedy, share
 from ..execution.local import measure_leaves
-from ..measurements import Measurements
+from ..measurements import CONTROL, Measurements
 from ..posterior import Posterior, infer
 from ..priors import Prior
 from ..result import HarpResult
@@ -40,6 +40,7 @@ class Exhaustive:
         leaves = np.concatenate([
             result.measurements.leaves, np.setdiff1d(np.arange(result.hierarchy.n_leaves), result.measurements.leaves)
         ])  # fmt: skip
+        control = [CONTROL] if result.measurements.control is not None else []
         measure_leaves(
             run, [(g, s) for s in seeds for g in leaves.tolist()], result.hierarchy.rows,
             problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
@@ -47,7 +48,7 @@ class Exhaustive:
         null = {"scores": result.measurements.null, "tokens": np.array(0), "seconds": np.array(0.0)}
         if run.holds("base.npz"):
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}
-        measured = Measurements.read(run, leaves, seeds, null)
+        measured = Measurements.read(run, np.append(leaves, control).astype(np.int64), seeds, null)
         n_tasks = len(result.tasks)
         effects, variances = measured.effects(result.task, n_tasks)
         inferred = infer(
@@ -121,7 +122,8 @@ def _ranking(result: HarpResult, order: Order, known: Posterior, budget: int | N
     rows = leaves_to_rows(result.hierarchy, order.leaves)
     if result.choice.budget_by == "task":
         active, weights = _active(result)
-        first, _ = share(order, result.hierarchy, known.mean[:, active], known.sd[:, active], weights, budget)
+        at_large = result.at_large(known)[active]
+        first, _ = share(order, result.hierarchy, known.mean[:, active], weights, budget, at_large)
         rows = np.concatenate([first, rows[~np.isin(rows, first)]])
     stop = int(result.hierarchy.sizes[order.leaves[: order.best_prefix]].sum())
     return Ranking(rows, spent(result.measurements), stop)

@@ -14,6 +14,7 @@ from ..errors import FinetuneError, HarpError
 from ..evaluation.evaluator import Evaluator
 from ..faults import contained, free_memory
 from ..finetune import LeafFinetuner
+from ..measurements import leaf_name
 from ..processes import from_main
 from ..rundir import RunDir
 from .record import left_to_measure, progress_of, record, record_base
@@ -32,7 +33,7 @@ def measure_here(
     Args:
         run: The run directory.
         todo: Pairs of leaf and seed, in measuring order.
-        rows: Pool rows of a leaf.
+        rows: Pool rows of a leaf, or of the control.
         given: Pool, proxy set, model and the rest.
         args: Settings.
 
@@ -97,7 +98,7 @@ def measure_leaves(
     """Finetune and evaluate every leaf that the run directory does not hold yet.
 
     Args:
-        run: Where `measurements/<leaf>-<seed>.npz` are kept.
+        run: Where the files of measurements are kept.
         todo: Pairs of leaf and seed, in measuring order.
         rows: Pool rows of a leaf.
         finetuner: Gives the finetuner; called only where something is left to measure.
@@ -128,7 +129,7 @@ def measure_batch(
     Arguments as of [`measure_leaves`]; a leaf that runs out of memory or time has failed, those beside it have not.
     """
     with tempfile.TemporaryDirectory() as folder:
-        adapters = [Path(folder) / f"leaf-{leaf}-seed-{seed}" for leaf, seed in batch]
+        adapters = [Path(folder) / f"{leaf_name(leaf).replace(' ', '-')}-seed-{seed}" for leaf, seed in batch]
         measurements = [
             _finetune(rows(leaf), seed, finetuner, adapter)
             for (leaf, seed), adapter in zip(batch, adapters, strict=True)

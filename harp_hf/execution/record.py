@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..measurements import measurement_file
+from ..measurements import leaf_name, measurement_file
 from ..processes import from_main, is_main
 from ..rundir import RunDir
 
@@ -42,13 +42,13 @@ def record(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any], progr
 
     Args:
         run: The run directory.
-        leaf: The leaf.
+        leaf: The leaf, or `CONTROL`.
         seed: Seed of the finetune.
         measurement: What the file holds; its `reason` is empty, or says why there are no scores.
         progress: Moves on by one.
     """
     if measurement["reason"]:
-        logger.warning("Leaf %d could not be measured: %s.", leaf, measurement["reason"])
+        logger.warning("%s could not be measured: %s.", leaf_name(leaf).capitalize(), measurement["reason"])
     from_main(partial(_keep, run, leaf, seed, measurement))
     progress.update()
 

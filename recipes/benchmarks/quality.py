@@ -76,6 +76,7 @@ class Benchmark:
             "pool": self.given.digest, "proxy": self.proxy.digest, "test": self.test.digest,
             "model": describe_model(self.asked.model).rsplit(" ", 1)[1], "adapter": describe_peft(adapter),
             "epochs": self.asked.epochs, "max_measurements": args.max_measurements, "prior": args.prior,
+            "control": args.control,
             "similarity": args.similarity, "budget_by": args.budget_by, "metric": args.metric,
             "features": self.asked.features.rsplit("/", 1)[-1], "settings": settings,
         }  # fmt: skip

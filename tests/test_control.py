@@ -1,0 +1,105 @@
+"""The control: one finetune on random rows, beside which leaves must stand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import harp_hf
+from harp_hf import load_result
+from harp_hf.envelopes import random_as_good, share
+from harp_hf.errors import FinetuneError
+from harp_hf.finetune import LeafFinetuner
+from harp_hf.measurements import CONTROL, measurement_file
+from harp_hf.rundir import RunDir
+from harp_hf.status import read_status
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("control") / "run"
+
+
+@pytest.fixture
+def measured(tiny_model, pool, proxy, features, config, folder):
+    """The same finished run in every test."""
+    args = config(output_dir=str(folder), control=True, metric="likelihood", num_repeats=2)
+    return harp_hf.measure(pool, proxy, tiny_model, args, features=features)
+
+
+def test_random_rows_are_measured_as_a_leaf_is(measured, folder):
+    run, result = RunDir(folder), measured
+    assert measurement_file(CONTROL, 42) == "measurements/random-42.npz"
+    found = [run.read_arrays(measurement_file(CONTROL, seed)) for seed in (42, 43)]
+    rows = found[0]["rows"]
+    assert len(rows) == len(np.unique(rows)) == 12, "as many as a leaf aims at"
+    assert len(np.unique(result.hierarchy.leaf[rows])) > 3, "from all over the pool"
+    leaf = run.read_arrays(measurement_file(int(result.measurements.leaves[0]), 42))
+    assert found[0]["steps"] == leaf["steps"]
+    gain = np.mean([one["scores"] for one in found], axis=0) - result.measurements.null
+    expected = [gain[result.task == d].mean() for d in range(2)]
+    assert result.control - result.null == pytest.approx(expected)
+    assert CONTROL not in result.measurements.leaves
+    assert result.measurements.cost["finetunes"] == 2 * (4 + 1)
+    assert "random rows" in result.summary()
+
+
+def test_a_budget_is_shared_with_random_rows(measured):
+    order, active = measured.order(), measured.active()
+    effects, variances = measured.measurements.control_effects(measured.task, 2)
+    at_large = random_as_good(measured.posterior.mean, measured.posterior.sd, effects, variances)
+    assert (at_large > 0).all()
+    without = replace(measured, measurements=replace(measured.measurements, control=None))
+    for one, part in ((measured, at_large[active]), (without, None)):
+        rows = one.chosen(replace(one.choice, budget=10))[0]
+        mean, weights = one.posterior.mean[:, active], np.ones(active.sum())
+        assert rows.tolist() == share(order, one.hierarchy, mean, weights, 10, part)[0].tolist()
+    assert without.control is None
+
+
+def test_the_error_of_the_control_is_that_of_a_leaf_with_its_scores(measured):
+    measurements = measured.measurements
+    twin = replace(measurements, control=measurements.scores[1])
+    effects, variances = replace(
+        measurements, scores=np.concatenate([measurements.scores, measurements.scores[1:2]])
+    ).effects(measured.task, 2)
+    found = twin.control_effects(measured.task, 2)
+    assert found[0] == pytest.approx(effects[1])
+    assert found[1] == pytest.approx(variances[-1])
+
+
+def test_a_saved_result_keeps_its_control(measured, folder, pool):
+    loaded = load_result(folder, pool)
+    assert np.array_equal(loaded.measurements.control, measured.measurements.control)
+    assert loaded.summary() == measured.summary()
+
+
+def test_a_run_without_a_control_is_given_one_later(tiny_model, pool, proxy, features, config, monkeypatch):
+    made, finetune = [], LeafFinetuner.finetune
+    monkeypatch.setattr(
+        LeafFinetuner, "finetune", lambda self, rows, *rest: made.append(rows) or finetune(self, rows, *rest)
+    )
+    before = harp_hf.measure(pool, proxy, tiny_model, config(), features=features)
+    assert len(made) == 4
+    after = harp_hf.measure(pool, proxy, tiny_model, config(control=True), features=features)
+    assert len(made) == 5
+    assert np.array_equal(before.posterior.mean, after.posterior.mean), "it does not inform the posterior"
+
+
+def test_a_control_that_fails_is_told_and_done_without(tiny_model, pool, proxy, features, config, monkeypatch, caplog):
+    finetune = LeafFinetuner.finetune
+
+    def fail(self, rows, seed, adapter):
+        if "random" in adapter.name:
+            raise FinetuneError("its memory ran out")
+        return finetune(self, rows, seed, adapter)
+
+    monkeypatch.setattr(LeafFinetuner, "finetune", fail)
+    args = config(control=True)
+    result = harp_hf.measure(pool, proxy, tiny_model, args, features=features)
+    assert result.control is None
+    assert result.measurements.failed.keys() == {CONTROL}
+    assert "Random rows could not be measured" in caplog.text
+    assert "Random rows were not measured" in result.summary()
+    assert "random rows, seed 42, failed" in read_status(args.output_dir).summary()
+    assert len(result.select(budget=5)) == 5
