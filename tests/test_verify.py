@@ -244,7 +244,7 @@ def test_selectors_share_what_the_run_has_measured(run, disk, made, capsys):
     n_leaves = load_result(run).hierarchy.n_leaves
     printed = lines(capsys, "select", "--config", disk / "harp.yaml", "--selector", "exhaustive")
     assert len(made) == n_leaves - 4
-    assert printed[0].startswith(f"Finetunes: {n_leaves}.")
+    assert printed[0].startswith(f"Finetunes: {n_leaves + 1}.")
     assert (run / "config.yaml").read_bytes() == before
 
 
