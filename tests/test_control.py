@@ -11,6 +11,7 @@ from harp_hf.envelopes import random_as_good, share
 from harp_hf.errors import FinetuneError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.measurements import CONTROL, measurement_file
+from harp_hf.report import write_report
 from harp_hf.rundir import RunDir
 from harp_hf.status import read_status
 
@@ -66,6 +67,17 @@ def test_the_error_of_the_control_is_that_of_a_leaf_with_its_scores(measured):
     found = twin.control_effects(measured.task, 2)
     assert found[0] == pytest.approx(effects[1])
     assert found[1] == pytest.approx(variances[-1])
+
+
+def test_the_report_tells_of_it(measured, tmp_path):
+    for one, told in (
+        (measured, True),
+        (replace(measured, measurements=replace(measured.measurements, control=None)), False),
+    ):
+        page = write_report(one, tmp_path).read_text()
+        assert ("Random rows</th>" in page) == ("leaves and random rows" in page) == told
+        row = next(line for line in page.splitlines() if line.startswith('<tr><th scope="row">red'))
+        assert (f"<td>{measured.control[0]:.3f}</td>" in row) == told
 
 
 def test_a_saved_result_keeps_its_control(measured, folder, pool):
