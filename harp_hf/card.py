@@ -137,7 +137,7 @@ def describe(
         name=repo_id.rpartition("/")[2], repo_id=repo_id, revision=revision, load=", ".join(load),
         rows=len(rows), pool_rows=len(result.pool), leaves=len(leaves), pool_leaves=result.hierarchy.n_leaves,
         measured=len(result.measurements.leaves), failed=len(result.measurements.failed),
-        control=result.control is not None,
+        control=result.measurements.control is not None,
         measured_here=int(np.isin(leaves, result.measurements.leaves).sum()),
         source=_named(pool, "datasets/") if pool else named, licence=licence,
         model=_named(model, "") if model else "a language model",

@@ -8,18 +8,17 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from .arguments import CutArguments, PushArguments, ReportArguments, VerifyArguments
 from .errors import ConfigError, HarpError, reason
+from .stopping import Terminated, stoppable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,10 +40,6 @@ _COMMANDS = {
 }
 
 
-class Terminated(KeyboardInterrupt):
-    """Somebody asked the process to end (SIGTERM)."""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command `harp-hf`."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -56,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("harp_hf").setLevel(logging.INFO)
     try:
-        with _terminable():
+        with stoppable():
             if argv[0] in ("select", "measure"):
                 _measure(argv[0], argv[1:])
             else:
@@ -68,23 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         how = ", ".join([f"stopped by {number.name}", *stop.args])
         _stop(argv[0], f"{how}; the same command continues where this one stopped.", code=128 + number)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, so that nothing half-done is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(command: str, message: str, code: int = 1) -> NoReturn:

@@ -117,8 +117,7 @@ class HarpConfig(SFTConfig):
             At most that many rows are selected. By default the best prefix of the greedy order is taken whole.
         budget_by (`str`, *optional*, defaults to `"task"`):
             How a budget below the best prefix is spent: `"task"` (the tasks share it, each taking rows from all leaves
-            that help, most from those that help it most) or `"leaf"` (whole leaves in greedy order,
-            as in the paper).
+            that help, most from those that help it most) or `"leaf"` (whole leaves in greedy order, as in the paper).
         task_weights (`dict[str, float]` or `str`, *optional*):
             Weight of each task in the objective, as a dict or a JSON object; tasks not named weigh 1.
         source_column (`str`, *optional*):

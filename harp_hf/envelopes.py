@@ -205,7 +205,7 @@ def share(
     phi: np.ndarray,
     weights: np.ndarray,
     budget: int | None = None,
-    at_large: np.ndarray | None = None,
+    at_large: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that the tasks choose by turns, where the budget is smaller than the best prefix.
 
@@ -223,8 +223,7 @@ def share(
         phi: (G, D) effects of all leaves on the active tasks.
         weights: (D,) weight of each task, not negative.
         budget: largest number of rows, at least 1; None for no limit.
-        at_large: (D,) part of its weight that each task leaves to the pool at large, in [0, 1]; None for nothing. See
-            `random_as_good`.
+        at_large: (D,) part of its weight that each task leaves to the pool at large, in [0, 1]; see `random_as_good`.
 
     Returns:
         As of `cut`, which gives the same where the budget holds the whole prefix.
@@ -238,14 +237,14 @@ def share(
     leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
     sizes = hierarchy.sizes[leaves]
     asked = np.maximum(phi[leaves] - hierarchy.sizes @ phi / hierarchy.sizes.sum(), 0) ** 2
-    if at_large is not None:
-        asked = np.column_stack([asked, sizes])
-        weights = np.append(weights * (1 - at_large), weights @ at_large)
+    # The pool at large is one claimant more.
+    asked = np.column_stack([asked, sizes])
+    weights = np.append(weights * (1 - at_large), np.sum(weights * at_large))
     # For each claimant a heap of leaves by what it asks of them over the rows it has taken so far and one.
     claims = [[(-asked[k, d], 0, k) for k in np.flatnonzero(asked[:, d])] for d in range(len(weights))]
     for heap in claims:
         heapq.heapify(heap)
-    # And one of claimants by the rows they would have with one more, over their weight.
+    # And a heap of claimants by the rows that they would have with one more, over their weight.
     turns = [(1 / weights[d], d) for d in range(len(weights)) if weights[d] > 0 and claims[d]]
     heapq.heapify(turns)
     left = sizes.copy()

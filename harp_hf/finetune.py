@@ -248,7 +248,7 @@ class LeafFinetuner:
             trainer = LeafTrainer(
                 model=self.model,
                 args=args,
-                train_dataset=self._tokenised_rows(kept),
+                train_dataset=self.tokenised.select(kept).remove_columns("harp_row"),
                 processing_class=self.processing_class,
                 peft_config=copy.deepcopy(self.peft_config),
             )
@@ -267,12 +267,6 @@ class LeafFinetuner:
             raise FinetuneError("the training loss is not a finite number")
         state = trainer.state
         return Finetune(self._row[kept], state.global_step, int(state.num_input_tokens_seen), float(loss))
-
-    def _tokenised_rows(self, kept: np.ndarray) -> Dataset:
-        # Datasets would name them by hashing the arguments, in which it swallows every exception, Ctrl-C too.
-        known = hashlib.sha256(self.tokenised._fingerprint.encode() + kept.tobytes()).hexdigest()[:32]
-        chosen = self.tokenised.select(kept, new_fingerprint=known)
-        return chosen.remove_columns("harp_row", new_fingerprint=f"{known}-rows")
 
     def _leaf_args(self, seed: int) -> HarpConfig:
         args = copy.copy(self.args)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .envelopes import VARIANTS, Variant
 from .errors import MissingExtraError
-from .measurements import leaf_name
+from .names import leaf_name
 from .pool import row_parts
 from .rundir import RunDir
 from .smoothness import smoothness

@@ -26,7 +26,8 @@ from .features import comparable, load_features, load_proxy_features
 from .hierarchy import Hierarchy, build_hierarchy
 from .inputs import Inputs, read_inputs
 from .manifest import describe_call
-from .measurements import CONTROL, Measurements
+from .measurements import Measurements
+from .names import CONTROL
 from .processes import from_main, join, main_first
 from .proxy import ProxySet
 from .result import HarpResult, conclude

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import events
 from .errors import RunDirError
-from .measurements import leaf_name
+from .names import leaf_name
 from .rundir import RunDir
 
 
@@ -50,7 +50,7 @@ class Status:
     @property
     def progress(self) -> str:
         """How far it is, for the middle of a sentence."""
-        return f"{self.measured} of {self.planned} leaves measured" if self.planned else "no leaf measured yet"
+        return f"{self.measured} of {self.planned} measurements made" if self.planned else "no measurement made yet"
 
     def summary(self) -> str:
         """All of it, for people, a line a topic."""
@@ -60,11 +60,11 @@ class Status:
             state = "finished"
         else:
             state = f"stopped ({self.ended or 'killed'}); the same command continues it"
-        lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"leaves: {self.progress}"]
+        lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"progress: {self.progress}"]
         failed = sorted(self.failed.items())
         lines += [f"  {leaf_name(leaf)}, seed {seed}, failed: {why}" for (leaf, seed), why in failed]
         if self.seconds:
-            lines.append(f"time: {sum(self.seconds) / len(self.seconds):.1f} s a leaf{self._remaining()}")
+            lines.append(f"time: {sum(self.seconds) / len(self.seconds):.1f} s a measurement{self._remaining()}")
         lines += [
             f"tokens: {self.tokens['training']:,.0f} trained on, {self.tokens['evaluation']:,.0f} evaluated",
             f"memory: {', '.join(f'{mb:,} MB{_OF[name]}' for name, mb in self.memory.items()) or 'unknown'}",

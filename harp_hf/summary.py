@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .measurements import CONTROL, leaf_name
+from .names import CONTROL, leaf_name
 from .sources import Z90
 from .texts import printable
 

@@ -402,6 +402,8 @@ def test_top_phi_goes_by_the_mean_effect_alone():
     assert ranking.rows.tolist() == np.concatenate([result.hierarchy.rows(g) for g in order]).tolist()
     assert ranking.rows[:5].tolist() == [11, 10, 9, 8, 7], "rows nearest their centroid first"
     assert ranking.stop == 5 + 3 + 4
+    few = selector("top-phi").rank(problem_with(result), 6)
+    assert few.rows.tolist() == ranking.rows.tolist(), "tasks do not share a budget"
     assert ranking.cost == Cost(2, 70, 9, 0, 1.75)
     harp = result.order().leaves.tolist()
     assert harp != order, "HARP-C sees that leaf 0 adds little to task a after leaf 2"

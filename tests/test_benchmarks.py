@@ -162,7 +162,7 @@ def measured(disk):
 def test_calibration_measures_every_leaf_and_analyses_without_a_finetune(measured, made, capsys):
     folder, flags = measured
     leaves = np.load(folder / "calibration" / "hierarchy.npz")["parent"]
-    assert len(list((folder / "calibration" / "measurements").glob("[0-9]*.npz"))) == len(leaves)
+    assert len(list((folder / "calibration" / "measurements").glob("*.npz"))) == len(leaves)
     run("calibration", *flags, "--measure", "--analyse", "--sizes", 4, "--designs", 3, "--results", folder / "c.json")
     assert made == []
     printed = capsys.readouterr().out

@@ -86,8 +86,8 @@ def test_select_prints_the_table_and_writes_what_datasets_loads(run, disk):
 
 def test_select_reports_progress_and_nothing_of_the_libraries_on_stderr(run):
     lines = [line for line in run[1].stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert any("Measuring leaves: 100%" in line and "5/5" in line for line in lines)
-    bars = ("Measuring leaves:", "Generating train split:")  # the latter by datasets, where it reads a file at first
+    assert any("Measuring: 100%" in line and "5/5" in line for line in lines)
+    bars = ("Measuring:", "Generating train split:")  # the latter by datasets, where it reads a file at first
     assert [line for line in lines if not line.startswith(bars)] == [
         "The proxy set has no features of its own, so similarity to it is not used.",
         "Measuring 4 of 9 leaves on 2 tasks.",

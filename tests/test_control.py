@@ -7,10 +7,10 @@ import pytest
 
 import harp_hf
 from harp_hf import load_result
-from harp_hf.envelopes import random_as_good, share
+from harp_hf.envelopes import random_as_good
 from harp_hf.errors import FinetuneError
 from harp_hf.finetune import LeafFinetuner
-from harp_hf.measurements import CONTROL, measurement_file
+from harp_hf.names import CONTROL, measurement_file
 from harp_hf.report import write_report
 from harp_hf.rundir import RunDir
 from harp_hf.status import read_status
@@ -46,16 +46,25 @@ def test_random_rows_are_measured_as_a_leaf_is(measured, folder):
 
 
 def test_a_budget_is_shared_with_random_rows(measured):
-    order, active = measured.order(), measured.active()
-    effects, variances = measured.measurements.control_effects(measured.task, 2)
-    at_large = random_as_good(measured.posterior.mean, measured.posterior.sd, effects, variances)
-    assert (at_large > 0).all()
-    without = replace(measured, measurements=replace(measured.measurements, control=None))
-    for one, part in ((measured, at_large[active]), (without, None)):
-        rows = one.chosen(replace(one.choice, budget=10))[0]
-        mean, weights = one.posterior.mean[:, active], np.ones(active.sum())
-        assert rows.tolist() == share(order, one.hierarchy, mean, weights, 10, part)[0].tolist()
-    assert without.control is None
+    def given(control):
+        one = replace(measured, measurements=replace(measured.measurements, control=control))
+        rows = one.chosen(replace(one.choice, budget=10, active_tasks=("red",)))[0]
+        return np.bincount(one.hierarchy.leaf[rows], minlength=one.hierarchy.n_leaves)
+
+    scores, null = measured.measurements.scores, measured.measurements.null
+    red = measured.posterior.mean[:, 0]
+    alone = given(None)
+    assert alone[red > red.mean()].sum() == 10
+    assert np.array_equal(given(np.tile(null, (2, 1))), alone), "random rows do nothing"
+    large = given(np.ones_like(scores[0]))
+    assert red.max() < 1 - measured.null[0], "random rows that bring it to 1 are better than any leaf"
+    assert np.count_nonzero(large) > np.count_nonzero(alone)
+    helps = red > 0
+    expected = 10 * measured.hierarchy.sizes * helps / measured.hierarchy.sizes[helps].sum()
+    assert np.abs(large - expected).max() <= 1
+    at_large = measured.at_large(measured.posterior)
+    effects = measured.measurements.control_effects(measured.task, 2)
+    assert np.array_equal(at_large, random_as_good(measured.posterior.mean, measured.posterior.sd, *effects))
 
 
 def test_the_error_of_the_control_is_that_of_a_leaf_with_its_scores(measured):

@@ -241,14 +241,13 @@ def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
     assert np.array_equal(share(order, hierarchy, phi, np.ones(1), 3)[0], hierarchy.rows(0)[[2, 6, 10]])
 
 
-@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS), st.sampled_from([None, 0.0, 0.3, 1.0]))
+@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(deadline=None, max_examples=150)
 def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str, part) -> None:
     phi, null, weights = problem
     hierarchy = hierarchy_of([3 + 2 * g for g in range(len(phi))])
     order = greedy(phi, null, weights, variant=variant)
-    at_large = None if part is None else np.full(phi.shape[1], part)
-    rows, ranks = share(order, hierarchy, phi, weights, budget, at_large)
+    rows, ranks = share(order, hierarchy, phi, weights, budget, np.full(phi.shape[1], part))
     prefix = cut(order, hierarchy)[0]
     assert len(np.unique(rows)) == len(rows) <= budget
     assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()

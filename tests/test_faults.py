@@ -12,6 +12,8 @@ import signal
 import tempfile
 import time
 import weakref
+from contextlib import nullcontext, suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -592,8 +594,11 @@ def disk(pool, proxy, tiny_model, tmp_path_factory):
     return folder / "harp.yaml"
 
 
-def command(folder, config, slow, *flags):
-    """`harp-hf select`, with temporary files and stderr in `folder`; `slow` finetunes give time to interrupt."""
+def command(folder, config, slow, *flags, swallows=False):
+    """`harp-hf select`, with temporary files and stderr in `folder`; `slow` finetunes give time to interrupt.
+
+    What a signal raises in them, datasets may swallow; with `swallows` it always does.
+    """
     torch.set_num_threads(1)
     tempfile.tempdir = str(folder / "aside")
     (folder / "aside").mkdir(exist_ok=True)
@@ -601,7 +606,8 @@ def command(folder, config, slow, *flags):
     train = LeafTrainer.train
 
     def slowly(self):
-        time.sleep(slow)
+        with suppress(KeyboardInterrupt) if swallows else nullcontext():
+            time.sleep(slow)
         return train(self)
 
     LeafTrainer.train = slowly
@@ -609,21 +615,25 @@ def command(folder, config, slow, *flags):
     cli.main(["select", "--config", str(config), "--output_dir", str(folder / "run"), *flags])
 
 
+@pytest.mark.parametrize("swallows", [False, True])
 @pytest.mark.parametrize(
     ("number", "name", "code"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
-def test_stopping_a_command(number, name, code, start, disk, tmp_path):
-    process = start(command, tmp_path, disk, 1.0)
+def test_stopping_a_command(number, name, code, swallows, start, disk, tmp_path):
+    process = start(partial(command, swallows=swallows), tmp_path, disk, 3.0 if swallows else 1.0)
     deadline = time.monotonic() + 120
     while len(finished(tmp_path)) < 2 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
+    if swallows:
+        time.sleep(1.5)  # well into the next finetune
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == code
     before = finished(tmp_path)
+    assert len(before) == 3 if swallows else len(before) < MEASUREMENTS, "no more than the leaf it came in is measured"
     told = (tmp_path / "stderr").read_text().replace("\r", "\n").splitlines()
     assert told[-1] == (
-        f"harp-hf select: stopped by {name}, {len(before)} of {MEASUREMENTS} leaves measured; "
+        f"harp-hf select: stopped by {name}, {len(before)} of {MEASUREMENTS} measurements made; "
         "the same command continues where this one stopped."
     )
     assert not [line for line in told if "Traceback" in line]

@@ -70,6 +70,6 @@ def test_command_line_examples(folder, capsys):
     for command in commands[:3]:
         main(command)
     assert (folder / "runs" / "first" / "result" / "report.html").is_file()
-    assert "HARP-C" in capsys.readouterr().out
+    assert "predicts" in capsys.readouterr().out
     for variant in ("harp-c", "harp-e"):
         assert len(load_dataset(str(folder / "runs" / "first" / "result" / variant), split="train")) > 0

@@ -143,8 +143,8 @@ def test_the_status_of_a_finished_run(whole, tmp_path, capsys):
     told = status(tmp_path / "run", capsys)
     cost = whole.measurements.cost
     assert told[str(tmp_path / "run")] == "finished"
-    assert told["leaves"] == "3 of 3 leaves measured"
-    assert re.fullmatch(r"\d+\.\d s a leaf", told["time"])
+    assert told["progress"] == "3 of 3 measurements made"
+    assert re.fullmatch(r"\d+\.\d s a measurement", told["time"])
     assert told["tokens"] == f"{cost['tokens_training']:,.0f} trained on, {cost['tokens_evaluation']:,.0f} evaluated"
     assert re.fullmatch(r"[\d,]+ MB at most", told["memory"])
     assert re.fullmatch(r"finished at \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", told["last event"])
@@ -159,11 +159,11 @@ def test_the_status_of_a_running_run(measure, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(LeafFinetuner, "finetune", look)
     measure()
-    assert [look["leaves"] for look in told] == [f"{n} of 3 leaves measured" for n in range(3)]
+    assert [look["progress"] for look in told] == [f"{n} of 3 measurements made" for n in range(3)]
     assert all(look[str(tmp_path / "run")].startswith(f"running (process {os.getpid()} on ") for look in told)
     assert {look["stage"] for look in told} == {"measurements"}
     assert "time" not in told[0]
-    assert re.fullmatch(r"\d+\.\d s a leaf, about 0:00:\d\d left for 2", told[1]["time"])
+    assert re.fullmatch(r"\d+\.\d s a measurement, about 0:00:\d\d left for 2", told[1]["time"])
     assert told[2]["last event"].startswith("leaf at ")
 
 
@@ -208,7 +208,7 @@ def test_the_status_of_a_stopped_run_with_a_failed_leaf(measure, tmp_path, monke
             measure()
     told = status(tmp_path / "run", capsys)
     assert told[str(tmp_path / "run")] == "stopped (KeyboardInterrupt); the same command continues it"
-    assert told["leaves"] == "2 of 3 leaves measured"
+    assert told["progress"] == "2 of 3 measurements made"
     [failed] = [event for event in events.read(tmp_path / "run") if "reason" in event and event["event"] == "leaf"]
     assert told[f"  leaf {failed['leaf']}, seed 42, failed"] == "too short"
     measure()
@@ -223,7 +223,7 @@ def test_a_run_that_could_not_say_goodbye_was_killed(whole, tmp_path, capsys):
     log.write_text("".join(lines[:-5]) + lines[-5][:20])
     told = status(tmp_path / "run", capsys)
     assert told[str(tmp_path / "run")] == "stopped (killed); the same command continues it"
-    assert told["leaves"] == "2 of 3 leaves measured"
+    assert told["progress"] == "2 of 3 measurements made"
 
 
 def test_a_clock_that_jumps_does_not_confuse_the_remaining_time(tmp_path, capsys):
@@ -239,8 +239,8 @@ def test_a_clock_that_jumps_does_not_confuse_the_remaining_time(tmp_path, capsys
     text = [json.dumps({"time": f"{day}T00:00:00+00:00"} | line) + "\n" for day, line in zip(days, lines, strict=True)]
     run.file(events.FILE).write_text("".join(text))
     told = status(tmp_path, capsys)
-    assert told["leaves"] == "6 of 12 leaves measured"
-    assert told["time"] == "10.0 s a leaf, about 0:00:30 left for 6"
+    assert told["progress"] == "6 of 12 measurements made"
+    assert told["time"] == "10.0 s a measurement, about 0:00:30 left for 6"
 
 
 def test_a_directory_without_a_run(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 from ..effects import active_tasks
 from ..envelopes import Order, greedy, share
 from ..execution.local import measure_leaves
-from ..measurements import CONTROL, Measurements
+from ..measurements import Measurements
+from ..names import CONTROL
 from ..posterior import Posterior, infer
 from ..priors import Prior
 from ..result import HarpResult
@@ -40,7 +41,7 @@ class Exhaustive:
         leaves = np.concatenate([
             result.measurements.leaves, np.setdiff1d(np.arange(result.hierarchy.n_leaves), result.measurements.leaves)
         ])  # fmt: skip
-        control = [CONTROL] if result.measurements.control is not None else []
+        wanted = leaves if result.measurements.control is None else np.append(leaves, CONTROL)
         measure_leaves(
             run, [(g, s) for s in seeds for g in leaves.tolist()], result.hierarchy.rows,
             problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
@@ -48,7 +49,7 @@ class Exhaustive:
         null = {"scores": result.measurements.null, "tokens": np.array(0), "seconds": np.array(0.0)}
         if run.holds("base.npz"):
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}
-        measured = Measurements.read(run, np.append(leaves, control).astype(np.int64), seeds, null)
+        measured = Measurements.read(run, wanted, seeds, null)
         n_tasks = len(result.tasks)
         effects, variances = measured.effects(result.task, n_tasks)
         inferred = infer(

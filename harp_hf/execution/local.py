@@ -14,7 +14,7 @@ from ..errors import FinetuneError, HarpError
 from ..evaluation.evaluator import Evaluator
 from ..faults import contained, free_memory
 from ..finetune import LeafFinetuner
-from ..measurements import leaf_name
+from ..names import leaf_name
 from ..processes import from_main
 from ..rundir import RunDir
 from .record import left_to_measure, progress_of, record, record_base

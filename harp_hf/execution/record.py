@@ -9,9 +9,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..measurements import leaf_name, measurement_file
+from ..names import leaf_name, measurement_file
 from ..processes import from_main, is_main
 from ..rundir import RunDir
+from ..stopping import honour
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def left_to_measure(run: RunDir, todo: Sequence[tuple[int, int]]) -> list[tuple[
 def progress_of(todo: Sequence[tuple[int, int]], left: Sequence[tuple[int, int]]) -> tqdm:
     """The progress bar of a run that has `left` of `todo` to measure."""
     return tqdm(
-        total=len(todo), initial=len(todo) - len(left), desc="Measuring leaves", unit="leaf", disable=not is_main()
+        total=len(todo), initial=len(todo) - len(left), desc="Measuring", unit="finetune", disable=not is_main()
     )  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def record(run: RunDir, leaf: int, seed: int, measurement: dict[str, Any], progr
         logger.warning("%s could not be measured: %s.", leaf_name(leaf).capitalize(), measurement["reason"])
     from_main(partial(_keep, run, leaf, seed, measurement))
     progress.update()
+    honour()
 
 
 def record_base(run: RunDir, measurement: dict[str, Any]) -> None:

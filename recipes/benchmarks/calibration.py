@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("harp_hf").setLevel(logging.INFO)
     args, adapter = load_settings(
         asked.config, features=asked.features, output_dir=asked.output_dir, seed=asked.seed, num_repeats=1,
-        max_measurements=10**9,
+        max_measurements=10**9, control=False,
     )  # fmt: skip
     if asked.measure:
         measure(asked.pool, asked.proxy, asked.model, args, adapter)
