@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _asked: list[KeyboardInterrupt] = []
+# True while nothing may be raised.
+_held = False
 
 
 class Terminated(KeyboardInterrupt):
@@ -23,9 +28,10 @@ def stoppable() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
+    def stop(number: int, frame: FrameType | None) -> None:
         _asked.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
-        raise _asked[-1]
+        if not _held:
+            raise _asked[-1]
 
     # A command in the background ignores Ctrl-C.
     numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
@@ -42,3 +48,26 @@ def honour() -> None:
     """Raise again what a signal raised, if it was swallowed: datasets does so wherever it hashes arguments."""
     if _asked:
         raise _asked[-1]
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Path of a folder that is removed at the end, also where a signal comes just as it is made or removed."""
+    folder = _unstopped(tempfile.TemporaryDirectory)
+    try:
+        yield folder.name
+    finally:
+        _unstopped(folder.cleanup)
+
+
+def _unstopped(work: Callable[[], T]) -> T:
+    """Do it to the end; what a signal meanwhile would have raised is raised then."""
+    global _held
+    before, _held = len(_asked), True
+    try:
+        done = work()
+    finally:
+        _held = False
+    if len(_asked) > before:
+        raise _asked[-1]
+    return done

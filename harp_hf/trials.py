@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from .finetune import (
 from .proxy import ProxySet
 from .rundir import RunDir
 from .settings import changed_settings
+from .stopping import temporary_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -128,7 +128,7 @@ class Trials:
         same = [path for path in same if self._run.holds(f"verify/{path.name}")]
         file = f"verify/{same[0].name}" if same else f"verify/{name}-{digest}.npz"
         if not same:
-            with tempfile.TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 trial = self._make(rows, seed, epochs, name, Path(folder))
             self._run.write_arrays(file, rows=rows, **asdict(trial))
         known = self._run.read_arrays(file)

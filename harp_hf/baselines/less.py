@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import DataError
 from ..finetune import LeafFinetuner
 from ..rundir import RunDir
+from ..stopping import temporary_folder
 from .gradients import Projection, RowGradients
 from .selector import Cost, Problem, Ranking, descending
 
@@ -83,7 +83,7 @@ class LESS:
         kept = np.array(finetuner.tokenised["harp_row"][:])
         influence = np.full((len(problem), problem.n_tasks), -np.inf)
         influence[kept] = 0
-        with tempfile.TemporaryDirectory() as aside:
+        with temporary_folder() as aside:
             before = float(finetuner.args.learning_rate)
             for epoch, checkpoint in enumerate(self._warm_up(problem, finetuner, Path(aside), cost)):
                 with RowGradients(finetuner.model, checkpoint) as rows:

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import HarpConfig
 from ..errors import ConfigError, reason
 from ..proxy import ProxySet
+from ..stopping import temporary_folder
 from .rows import ProxyRows
 from .scoring import Metric
 
@@ -112,7 +112,7 @@ class VllmEvaluator:
         name = source if isinstance(source, str) else source.config.name_or_path
         longest = max(len(ids) + params.max_tokens for _, ids, params in self._requests)
         try:
-            with tempfile.TemporaryDirectory() as folder, _no_main():
+            with temporary_folder() as folder, _no_main():
                 if not isinstance(source, str):
                     source.save_pretrained(folder)
                 _empty_cache()

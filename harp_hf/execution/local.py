@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..finetune import LeafFinetuner
 from ..names import leaf_name
 from ..processes import from_main
 from ..rundir import RunDir
+from ..stopping import temporary_folder
 from .record import left_to_measure, progress_of, record, record_base
 from .tools import open_tools
 
@@ -128,7 +128,7 @@ def measure_batch(
 
     Arguments as of [`measure_leaves`]; a leaf that runs out of memory or time has failed, those beside it have not.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         adapters = [Path(folder) / f"{leaf_name(leaf).replace(' ', '-')}-seed-{seed}" for leaf, seed in batch]
         measurements = [
             _finetune(rows(leaf), seed, finetuner, adapter)
