@@ -147,13 +147,16 @@ class HarpResult:
     def chosen(self, choice: Choice | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Chosen pool rows in greedy order, and the place of each row's leaf in that order."""
         choice = choice or self.choice
-        order = self.order(choice)
+        return self.rows_of(self.order(choice), self.posterior, choice)
+
+    def rows_of(self, order: Order, known: Posterior, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+        """As [`~HarpResult.chosen`], of any order of leaves and whatever is known of their effects."""
         if choice.budget_by == "leaf":
             return cut(order, self.hierarchy, choice.budget)
         active = self.active(choice)
         return share(
-            order, self.hierarchy, self.posterior.mean[:, active], self._weights(choice)[active], choice.budget,
-            self.at_large(self.posterior)[active],
+            order, self.hierarchy, known.mean[:, active], self._weights(choice)[active], choice.budget,
+            self.at_large(known)[active],
         )  # fmt: skip
 
     def _weights(self, choice: Choice) -> np.ndarray:

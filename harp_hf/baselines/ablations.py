@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..effects import active_tasks
-from ..envelopes import Order, greedy, share
+from ..envelopes import Order, greedy
 from ..execution.local import measure_leaves
 from ..measurements import Measurements
 from ..names import CONTROL
@@ -121,10 +121,7 @@ def _active(result: HarpResult) -> tuple[np.ndarray, np.ndarray]:
 def _ranking(result: HarpResult, order: Order, known: Posterior, budget: int | None) -> Ranking:
     """Rows of the leaves in their order, beginning with those that share the budget as in [`HarpResult.select`]."""
     rows = leaves_to_rows(result.hierarchy, order.leaves)
-    if result.choice.budget_by == "task":
-        active, weights = _active(result)
-        at_large = result.at_large(known)[active]
-        first, _ = share(order, result.hierarchy, known.mean[:, active], weights, budget, at_large)
-        rows = np.concatenate([first, rows[~np.isin(rows, first)]])
+    first, _ = result.rows_of(order, known, replace(result.choice, budget=budget))
+    rows = np.concatenate([first, rows[~np.isin(rows, first)]])
     stop = int(result.hierarchy.sizes[order.leaves[: order.best_prefix]].sum())
     return Ranking(rows, spent(result.measurements), stop)
