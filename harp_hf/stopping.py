@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the work after the measurement at the latest, whatever swallows the exception they raise."""
+"""Ctrl-C and SIGTERM end the work after a finetune and its scores at the latest, whatever swallows what they raise."""
 
 from __future__ import annotations
 

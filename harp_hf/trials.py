@@ -30,7 +30,7 @@ from .finetune import (
 from .proxy import ProxySet
 from .rundir import RunDir
 from .settings import changed_settings
-from .stopping import temporary_folder
+from .stopping import honour, temporary_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -131,6 +131,7 @@ class Trials:
             with temporary_folder() as folder:
                 trial = self._make(rows, seed, epochs, name, Path(folder))
             self._run.write_arrays(file, rows=rows, **asdict(trial))
+            honour()
         known = self._run.read_arrays(file)
         return Trial(
             known["scores"], int(known["tokens_training"]), int(known["tokens_evaluation"]),

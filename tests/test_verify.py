@@ -1,7 +1,10 @@
 """Verification: final finetunes compared on test rows, and the intervals of their differences."""
 
 import logging
+import os
+import signal
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from harp_hf.intervals import mean_intervals
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
 from harp_hf.saved import load_result
+from harp_hf.stopping import Terminated, stoppable
 from harp_hf.trials import Trials
 from harp_hf.verify import verify_run
 
@@ -162,6 +166,21 @@ def test_trials_score_by_every_metric_and_finetune_once(pool, proxy, tiny_model,
     for other in ((np.arange(23), 0, 2.0), (np.arange(24), 1, 2.0), (np.arange(24), 0, 1.0)):
         trials.run(*other, "red")
     assert len(made) == 4, "other rows, another seed or other epochs are another trial"
+
+
+def test_a_swallowed_signal_ends_the_work_after_the_trial(pool, proxy, tiny_model, tmp_path, monkeypatch, config):
+    trials = Trials(RunDir(tmp_path / "run"), pool, load_proxy(proxy), tiny_model, config(), metrics=["exact_match"])
+    make = Trials._make
+
+    def swallow(*arguments):
+        with suppress(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(*arguments)
+
+    monkeypatch.setattr(Trials, "_make", swallow)
+    with stoppable(), pytest.raises(Terminated):
+        trials.run(np.arange(0), 0, 2.0, "base")
+    assert len(list((tmp_path / "run" / "verify").glob("base-*.npz"))) == 1, "what was done is kept"
 
 
 def test_a_task_that_two_metrics_score_alike_is_scored_once(pool, proxy, tiny_model, tmp_path, config):
