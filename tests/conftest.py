@@ -95,7 +95,8 @@ def config(tmp_path):
 
     def make(**changes):
         settings = {"output_dir": str(tmp_path / "run"), "leaf_size": 12, "branching": 2, "max_measurements": 4,
-                    "control": False, "max_steps": 12, "learning_rate": 3e-2, "use_cpu": True}  # fmt: skip
+                    "control": False, "max_steps": 12, "learning_rate": 3e-2, "use_cpu": True,
+                    "bf16": False}  # fmt: skip
         return HarpConfig(**(settings | changes))
 
     return make

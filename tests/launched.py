@@ -32,7 +32,7 @@ class LosesOne(LeafTrainer):
 
 args = HarpConfig(
     output_dir=str(folder / "run"), features="vector", leaf_size=12, branching=2, max_measurements=3, max_steps=3,
-    learning_rate=3e-2, use_cpu=True, active_tasks=["all"],
+    learning_rate=3e-2, use_cpu=True, bf16=False, active_tasks=["all"],
 )  # fmt: skip
 seen["world_size"] = args.world_size
 pool, proxy = (main_first(lambda name=name: Dataset.from_json(str(folder / name))) for name in

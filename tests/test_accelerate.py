@@ -31,8 +31,8 @@ def disk(pool, proxy, features, tiny_model, tmp_path_factory):
         "dataset_name": str(folder / "pool.jsonl"), "eval_dataset_name": str(folder / "proxy.jsonl"),
         "model_name_or_path": tiny_model, "features": "vector", "leaf_size": 16, "branching": 2,
         "max_measurements": 2, "max_steps": 1, "per_device_train_batch_size": BATCH, "learning_rate": 3e-2,
-        "use_cpu": True, "active_tasks": ["all"], "metric": "likelihood",
-        "ddp_find_unused_parameters": False, "bf16": False, "lora_dropout": 0.0,
+        "use_cpu": True, "bf16": False, "active_tasks": ["all"], "metric": "likelihood",
+        "ddp_find_unused_parameters": False, "lora_dropout": 0.0,
     }  # fmt: skip
     (folder / "harp.yaml").write_text(yaml.safe_dump(settings))
     return folder

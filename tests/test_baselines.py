@@ -219,7 +219,7 @@ FEW = {"warmup_rows": 24, "epochs": 2}
 def opened(tiny_model, pool, proxy, features, tmp_path_factory):
     """The tiny model's problem, as `measure` would see it."""
     args = HarpConfig(output_dir=str(tmp_path_factory.mktemp("baselines") / "run"), leaf_size=12, branching=2,
-                      max_steps=12, learning_rate=3e-2, use_cpu=True, seed=3)  # fmt: skip
+                      max_steps=12, learning_rate=3e-2, use_cpu=True, bf16=False, seed=3)  # fmt: skip
     given = read_inputs(pool, proxy, tiny_model, args, features=features)
     return open_problem(given, args, proxy_features=np.repeat(np.eye(2, 6), 8, axis=0))
 

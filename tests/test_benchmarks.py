@@ -42,7 +42,7 @@ def disk(pool, proxy, features, tiny_model, tmp_path_factory):
     ]
     Dataset.from_list(test).to_parquet(folder / "test.parquet")
     settings = {"leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 8, "learning_rate": 3e-2,
-                "use_cpu": True, "metric": "likelihood", "active_tasks": ["all"]}  # fmt: skip
+                "use_cpu": True, "bf16": False, "metric": "likelihood", "active_tasks": ["all"]}  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder, ["--pool", str(folder / "pool.parquet"), "--proxy", str(folder / "proxy.parquet"), "--model",
                     tiny_model, "--features", "vector", "--config", str(folder / "config.yaml")]  # fmt: skip

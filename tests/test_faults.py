@@ -33,7 +33,7 @@ LEAVES = 3
 MEASUREMENTS = LEAVES + 1  # random rows too
 KILLS = 25
 SETTINGS = {"features": "tfidf", "leaf_size": 12, "branching": 2, "max_measurements": LEAVES, "max_steps": 2,
-            "learning_rate": 3e-2, "metric": "likelihood", "use_cpu": True}  # fmt: skip
+            "learning_rate": 3e-2, "metric": "likelihood", "use_cpu": True, "bf16": False}  # fmt: skip
 ADAPTER = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from trl import SFTTrainer
 
+from harp_hf import HarpConfig
 from harp_hf.errors import ConfigError, DataError, FinetuneError
 from harp_hf.finetune import LeafFinetuner, LeafTrainer, default_peft_config, load_model, load_tokenizer
 
@@ -24,6 +25,16 @@ def finetuner(tiny_model, pool, config):
     args = config()
     model = load_model(tiny_model, args)
     return LeafFinetuner(model, pool, args, default_peft_config(), load_tokenizer(tiny_model, args))
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_a_machine_without_accelerator_computes_on_its_cpu_in_bfloat16_where_that_is_fast(monkeypatch, capability):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True}, raising=False)
+    args = HarpConfig()
+    assert args.use_cpu
+    assert args.bf16 == capability.endswith("bf16")
+    assert not HarpConfig(use_cpu=False).bf16
 
 
 def test_base_weights_and_outputs_are_unchanged_by_finetunes(finetuner, tmp_path):

@@ -544,7 +544,7 @@ def run(hostile_pool, hostile_proxy, tiny_model, tmp_path_factory):
     os.environ["HF_TOKEN"] = "api_org_FromTheEnvironment"
     args = HarpConfig(
         output_dir=str(folder), leaf_size=4, branching=2, max_measurements=3, max_steps=2, learning_rate=3e-2,
-        use_cpu=True, features="tfidf", metric="likelihood", active_tasks="all", source_column="from",
+        use_cpu=True, bf16=False, features="tfidf", metric="likelihood", active_tasks="all", source_column="from",
         hub_token=TOKEN, run_name=f"run {TOKEN}", model_init_kwargs={"token": "unprefixed"},
         per_device_eval_batch_size=32,
     )  # fmt: skip

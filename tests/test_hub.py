@@ -97,7 +97,7 @@ def run(rows, proxy, features, tiny_model, tmp_path_factory):
     """A finished run, as the command line leaves it."""
     folder = tmp_path_factory.mktemp("hub") / "run"
     args = HarpConfig(output_dir=str(folder), leaf_size=12, branching=2, max_measurements=4, max_steps=12,
-                      learning_rate=3e-2, use_cpu=True, active_tasks=["all"], hub_token=TOKEN)  # fmt: skip
+                      learning_rate=3e-2, use_cpu=True, bf16=False, active_tasks=["all"], hub_token=TOKEN)  # fmt: skip
     renamed = proxy.map(lambda row: {"task": TASK if row["task"] == "red" else row["task"]})
     harp_hf.measure(rows, renamed, tiny_model, args, features=features)
     written = yaml.safe_load((folder / "config.yaml").read_text())

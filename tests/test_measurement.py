@@ -21,8 +21,8 @@ def flags(pool, proxy, tiny_model, tmp_path):
     """Flags of a benchmark on the right rows of the pool."""
     pool.select(range(48)).to_parquet(tmp_path / "pool.parquet")
     proxy.to_parquet(tmp_path / "proxy.parquet")
-    settings = {"max_steps": 12, "learning_rate": 3e-2, "max_length": 64, "use_cpu": True, "padding_free": True,
-                "max_new_tokens": 8, "lora_dropout": 0.0}  # fmt: skip
+    settings = {"max_steps": 12, "learning_rate": 3e-2, "max_length": 64, "use_cpu": True, "bf16": False,
+                "padding_free": True, "max_new_tokens": 8, "lora_dropout": 0.0}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     return {"--pool": tmp_path / "pool.parquet", "--proxy": tmp_path / "proxy.parquet", "--model": tiny_model,
             "--config": tmp_path / "config.yaml", "--rows": 32, "--results": tmp_path / "m.json"}  # fmt: skip

@@ -23,7 +23,7 @@ from harp_hf.errors import ConfigError, MissingExtraError
 LEAVES = 5
 MEASUREMENTS = LEAVES + 1  # random rows too
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": LEAVES, "max_steps": 4, "learning_rate": 3e-2,
-            "use_cpu": True}  # fmt: skip
+            "use_cpu": True, "bf16": False}  # fmt: skip
 DEADLINE = 240
 
 

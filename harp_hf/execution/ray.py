@@ -263,7 +263,7 @@ def _workers(given: Inputs, args: HarpConfig, most: int) -> Iterator[tuple[Calla
         started.append(actor.remote(cores, sent))
         return started[-1]
 
-    logger.info("Measuring on %d workers of Ray.", count)
+    logger.info("Measuring on %d workers of Ray, each with %d cores and %g GPUs.", count, cores, gpus)
     try:
         yield start, count
     finally:
