@@ -132,8 +132,8 @@ class HarpConfig(SFTConfig):
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_steps`: Defaults to `32`, so that every leaf gets the same effort, instead of `-1`.
     > - `learning_rate`: Defaults to `2e-4`, for LoRA, instead of `2e-5`.
-    > - `use_cpu`: Defaults to `True` where the machine has no accelerator (set it to `False` to measure on a Ray
-    >   cluster's GPUs from one that has none).
+    > - `use_cpu`: Becomes `True` where the machine has no accelerator, unless `ray_gpus_per_worker` asks for those of
+    >   a Ray cluster.
     > - `bf16`: Defaults to `True` only where the hardware multiplies bfloat16.
     > - `gradient_checkpointing`: Defaults to off instead of `True`.
     > - `log_level`: On the command line it is that of `harp_hf`; trainers get it only where it is `"debug"`.
@@ -150,9 +150,6 @@ class HarpConfig(SFTConfig):
     learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate of a leaf finetune."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Whether to trade compute for memory in leaf finetunes."}
-    )
-    use_cpu: bool | None = field(
-        default=None, metadata={"help": "Whether to use the CPU; by default where there is no accelerator."}
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Whether to use bfloat16; by default where the hardware multiplies it."}
@@ -240,8 +237,9 @@ class HarpConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.use_cpu is None:  # transformers refuses bfloat16 on a CPU unless a CPU is asked for
-            self.use_cpu = lacks_accelerator()
+        # Transformers refuses bfloat16 on a CPU unless a CPU is asked for.
+        if lacks_accelerator() and not (self.executor == "ray" and self.ray_gpus_per_worker):
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
         if self.logging_strategy is None:

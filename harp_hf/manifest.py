@@ -54,7 +54,7 @@ def describe_call(args: HarpConfig, *others: Any) -> dict[str, Any]:
     """
     # Another `use_cpu` would change the device of every trainer to come.
     defaults = HarpConfig(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
-    defaults["use_cpu"] = lacks_accelerator()
+    defaults["use_cpu"] = args.use_cpu and lacks_accelerator()
     changed = {k: v for k, v in args.to_dict().items() if k != "hub_token" and v != defaults[k]}
     for other in others:
         plain = type(other)()

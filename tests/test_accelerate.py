@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 
-from harp_hf import cli, load_result
+from harp_hf import cli, load_result, processes
+from harp_hf.errors import ConfigError
 
 pytestmark = pytest.mark.launch
 
@@ -101,10 +103,6 @@ def test_processes_decide_alike(disk, tmp_path, tiny_model):
     [
         (["--leaf_size", "1"], "`leaf_size` must be a whole number of at least 2, but it is 1."),
         (["--dataset_name", "none.jsonl"], "The pool none.jsonl is not there."),
-        (
-            ["--use_cpu", "false"],
-            "2 processes were launched, but a trainer shares its work among 1: on CPUs, set `use_cpu`.",
-        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -113,3 +111,10 @@ def test_what_cannot_be_used_ends_all_processes_with_one_sentence(disk, tmp_path
     assert done.returncode == 1
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if "harp-hf" in line] == [f"harp-hf select: {message}"]
+
+
+def test_processes_that_a_trainer_does_not_share_its_work_among_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="2 processes were launched, but a trainer shares its work among 1: on CPUs"):
+        processes.join()
