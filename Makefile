@@ -16,7 +16,7 @@ test: $(INSTALLED)
 
 # The tests of launches with several processes, and of the recipes, which run as they stand.
 test-launch: $(INSTALLED)
-	$(BIN)/python -m pytest -m launch
+	$(BIN)/python -m pytest -m launch --numprocesses auto --dist loadfile
 
 # The tests that start a Ray cluster of several nodes on this machine.
 test-ray: $(INSTALLED)
