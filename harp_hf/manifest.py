@@ -25,7 +25,7 @@ _INDIFFERENT = {
     "log_level_replica", "log_on_each_node", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
     "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "push_to_hub",
     "dataset_num_proc", "dataloader_num_workers", "local_rank", "eval_strategy", "eval_steps", "do_train", "do_eval",
-    "do_predict",
+    "do_predict", "use_cpu",
 }  # fmt: skip
 _LIBRARIES = ("trl", "transformers", "peft", "datasets", "torch", "numpy")
 

@@ -268,6 +268,7 @@ def test_what_cannot_be_used_is_one_line(run, disk, flags, message):
     assert message in said
 
 
+@pytest.mark.launch
 def test_an_error_is_exit_code_one_and_one_line_on_stderr(run):
     command = [sys.executable, "-m", "harp_hf.cli", "cut", "--output_dir", str(run[0]), "--budget", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -615,6 +615,7 @@ def command(folder, config, slow, *flags, swallows=False):
     cli.main(["select", "--config", str(config), "--output_dir", str(folder / "run"), *flags])
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("swallows", [False, True])
 @pytest.mark.parametrize(
     ("number", "name", "code"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143)]
