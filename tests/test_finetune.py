@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from harp_hf import HarpConfig
 from harp_hf.errors import ConfigError, DataError, FinetuneError
 from harp_hf.finetune import LeafFinetuner, LeafTrainer, default_peft_config, load_model, load_tokenizer
+from harp_hf.manifest import describe_call, describe_settings
 
 
 def digest(model):
@@ -34,6 +35,8 @@ def test_a_machine_without_accelerator_computes_on_its_cpu_in_bfloat16_where_tha
     args = HarpConfig()
     assert args.use_cpu
     assert args.bf16 == capability.endswith("bf16")
+    assert "use_cpu" not in describe_call(args), "the run may go on, or be repeated, where there is an accelerator"
+    assert "use_cpu" not in describe_settings(args, [args.metric], None)
     assert not HarpConfig(executor="ray", ray_gpus_per_worker=1).use_cpu, "a cluster may have what this machine lacks"
 
 
