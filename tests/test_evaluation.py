@@ -212,6 +212,17 @@ def test_scores_do_not_depend_on_batches_or_row_order(model, tokenizer, adapters
     assert len(np.unique(reference)) > 4, "the rows really differ"
 
 
+def test_the_vocabulary_is_projected_in_one_product(model, tokenizer, adapters):
+    """After a slice of the hidden states torch may copy the vocabulary's weights for each prompt of a batch."""
+    seen = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        evaluator(model, tokenizer, mixed_rows(), "likelihood", 4).evaluate([None, adapters["text"]])
+    finally:
+        hook.remove()
+    assert len({hidden.shape[0] for hidden in seen}) > 1 and all(hidden.is_contiguous() for hidden in seen)
+
+
 def digest(model):
     state = sorted(model.state_dict().items())
     return hashlib.sha256(b"".join(k.encode() + v.numpy().tobytes() for k, v in state)).hexdigest()

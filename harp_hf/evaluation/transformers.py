@@ -53,6 +53,8 @@ class TransformersEvaluator:
         # What all prompts begin with, such as a system prompt, is read once an adapter. The last token stays with its
         # prompt, so that no prompt is empty.
         self._shared = common_prefix([p[:-1] for p in self._prompts])
+        # A tensor, as after a slice (`logits_to_keep=1`) torch may copy the vocabulary's weights for every prompt.
+        self._last = torch.tensor([-1], device=model.device)
 
     def evaluate(self, adapters: Sequence[Path | None]) -> np.ndarray:
         """Scores of each adapter (`None` is the base model): (len(adapters), n_proxy), each in [0, 1]."""
@@ -83,7 +85,7 @@ class TransformersEvaluator:
             return None
         self.tokens += len(self._shared)
         ids = torch.tensor([self._shared], device=self.model.device)
-        return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        return model(ids, use_cache=True, logits_to_keep=self._last).past_key_values
 
     def _score(self, model: PreTrainedModel, rows: list[int], shared: Cache | None) -> list[float]:
         """One pass over the prompts, whose cache then serves all their candidate answers in a second pass."""
@@ -97,7 +99,7 @@ class TransformersEvaluator:
             position_ids=_positions(mask)[:, len(self._shared) :],
             past_key_values=shared,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=self._last,
         )
         owner = torch.tensor([k for k, i in enumerate(rows) for _ in self._candidates[i]], device=ids.device)
         flat = [candidate for i in rows for candidate in self._candidates[i]]
