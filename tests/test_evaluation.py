@@ -220,7 +220,8 @@ def test_the_vocabulary_is_projected_in_one_product(model, tokenizer, adapters):
         evaluator(model, tokenizer, mixed_rows(), "likelihood", 4).evaluate([None, adapters["text"]])
     finally:
         hook.remove()
-    assert len({hidden.shape[0] for hidden in seen}) > 1 and all(hidden.is_contiguous() for hidden in seen)
+    assert len({hidden.shape[0] for hidden in seen}) > 1, "batches of several prompts"
+    assert all(hidden.is_contiguous() for hidden in seen)
 
 
 def digest(model):
