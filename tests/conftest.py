@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("seeded", derandomize=True)
+settings.load_profile("seeded")
 
 WORDS = [f"w{i}" for i in range(40)]
 ANSWERS = {"red": "crimson", "green": "emerald", "blue": "azure"}

@@ -339,7 +339,8 @@ def test_datasets_of_a_mixture_have_short_and_different_names():
     ],
     ids=["streaming", "no file", "some fractions", "unknown key", "empty"],
 )
-def test_a_mixture_that_cannot_be_used_is_one_line(disk, tmp_path, changes, message):
+def test_a_mixture_that_cannot_be_used_is_one_line(disk, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)  # "json" without files is looked for in all of the working directory
     config = yaml.safe_load((disk / "harp.yaml").read_text()) | changes
     (tmp_path / "harp.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit) as caught:
