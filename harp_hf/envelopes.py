@@ -233,7 +233,7 @@ def share(
     """
     if budget is None or budget < 1 or hierarchy.sizes[order.leaves[: order.best_prefix]].sum() <= budget:
         return cut(order, hierarchy, budget)
-    helps = (np.arange(len(order.leaves)) < order.best_prefix) | (phi[order.leaves] @ weights > 0)
+    helps = (np.arange(len(order.leaves)) < order.best_prefix) | (phi[order.leaves] @ weights > TIE * weights.sum())
     leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
     sizes = hierarchy.sizes[leaves]
     asked = np.maximum(phi[leaves] - hierarchy.sizes @ phi / hierarchy.sizes.sum(), 0) ** 2

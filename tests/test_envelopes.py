@@ -258,7 +258,7 @@ def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, varian
     else:
         assert len(rows) == budget
         beyond = np.setdiff1d(hierarchy.leaf[rows], order.leaves[: order.best_prefix])
-        assert (phi[beyond] @ weights > -1e-12).all(), "but for the rounding of a sum"
+        assert (phi[beyond] @ weights > 0).all()
 
 
 def test_bad_input_is_refused() -> None:
