@@ -13,7 +13,7 @@ from conftest import make_rows
 from datasets import Dataset
 
 from harp_hf.design import choose_leaves
-from harp_hf.errors import DataError
+from harp_hf.errors import ConfigError, DataError, HarpError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.proxy import load_proxy
 
@@ -115,6 +115,25 @@ def test_quality_compares_what_it_says(quality):
         assert more["epochs"] > 1
         assert more["compute"] == pytest.approx(harp["compute"], rel=0.05)
         assert harp["scores"]["auto"]["mean"] >= harp["scores"]["exact_match"]["mean"]
+
+
+def test_options_of_selectors_hold_them_to_an_effort(quality, made, capsys):
+    folder, flags = quality
+    flags = [*flags, "--results", folder / "options.json", "--seeds", 0, "--selectors", "datamodels"]
+    options = {"finetunes": 2, "epochs": None, "rows_per_leaf": 3}
+    run("quality", *flags, "--options", json.dumps({"datamodels": options}))
+    found = json.loads((folder / "options.json").read_text())["results"][1]
+    assert len(made) == 3, "two unions and the selection"
+    assert (found["options"], found["selection"]["finetunes"]) == (options, 2)
+    assert "| datamodels (finetunes 2, epochs None, rows_per_leaf 3) | 1 of 1 | 20 |" in capsys.readouterr().out
+    with pytest.raises(HarpError, match="were made with other options of datamodels"):
+        run("quality", *flags)
+    with pytest.raises(ConfigError, match="'datamodels' has no option 'epoch'"):
+        run("quality", *flags, "--options", '{"datamodels": {"epoch": 1}}')
+    for wrong in ('["datamodels"]', '{"datamodels": 2}', "{"):
+        with pytest.raises(SystemExit):
+            run("quality", *flags, "--options", wrong)
+    assert len(made) == 3
 
 
 def test_results_keep_what_the_tables_need(tmp_path, proxy):

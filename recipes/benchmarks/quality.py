@@ -5,12 +5,14 @@
         --output_dir runs/quality --rows 300 600 --results quality.json
 
 Every finished (selector, rows, seed) is at once in the results file and is never made again: stop it whenever you like
-and call it again. It ends with the tables and figures of what is there; so it begins.
+and call it again. It ends with the tables and figures of what is there; so it begins. Selectors that cost far more
+than HARP can be held to its effort: `--options '{"datamodels": {"finetunes": 16, "epochs": null}}'`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -82,7 +84,15 @@ class Benchmark:
         }  # fmt: skip
 
     def run(self, results: Results) -> None:
-        """Make every result that is missing."""
+        """Make every result that is missing.
+
+        Raises:
+            HarpError: A selector has a result that was made with other options.
+        """
+        for name in {*self.asked.selectors, *self.asked.equal_compute}:
+            options = self.asked.options.get(name, {})
+            if any(r["selector"] == name and r.get("options", {}) != options for r in results.known["results"]):
+                raise HarpError(f"The results in {results.path} were made with other options of {name}.")
         for comparison, name, rows, seed in self._wanted():
             if results.find(comparison, name, rows, seed):
                 continue
@@ -94,7 +104,8 @@ class Benchmark:
             except HarpError as error:
                 logger.warning("%s has no result: %s", name, error)
                 continue
-            results.add({"comparison": comparison, "selector": name, "rows": rows, "seed": seed} | found)
+            key = {"comparison": comparison, "selector": name, "rows": rows, "seed": seed}
+            results.add(key | {"options": self.asked.options.get(name, {})} | found)
 
     def _wanted(self) -> Iterator[tuple[str, str, int, int]]:
         """Comparison, selector, rows and seed of every result, the most telling first."""
@@ -166,7 +177,7 @@ class Benchmark:
         problem = self.problem(seed)
         if name in MEASURED:
             problem = replace(problem, result=self.result(seed))
-        return selector(name).rank(problem, rows)
+        return selector(name, **self.asked.options.get(name, {})).rank(problem, rows)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -188,7 +199,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--equal_compute", nargs="*", choices=list(SELECTORS), metavar="NAME",
         help="selectors to run at equal compute too (default: those that do not start from HARP's measurements)",
     )  # fmt: skip
+    parser.add_argument(
+        "--options", type=json.loads, default={}, metavar="JSON",
+        help="options of selectors, as the fields of their classes, by name",
+    )  # fmt: skip
     asked = parser.parse_args(argv)
+    if not isinstance(asked.options, dict) or not all(isinstance(o, dict) for o in asked.options.values()):
+        parser.error('--options takes an object for each selector, such as {"less": {"epochs": 1}}')
+    for name, options in asked.options.items():
+        selector(name, **options)
     asked.harp = next((name for name in asked.selectors if name in VARIANTS), None)
     if asked.equal_compute is None:
         asked.equal_compute = [n for n in asked.selectors if n not in (*VARIANTS, *MEASURED)] if asked.harp else []

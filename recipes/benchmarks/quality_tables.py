@@ -119,7 +119,9 @@ def _table(results: Results, comparison: str, selectors: list[str], rows: int, s
     random = {seed: r for seed, r in _found(results, comparison, "random", rows, seeds).items() if r["scores"]}
     for name in selectors:
         found = _found(results, comparison, name, rows, seeds)
-        cells = [name, f"{len(found)} of {len(seeds)}"]
+        options = next((result.get("options") for result in found.values()), None) or {}
+        told = ", ".join(f"{option} {value}" for option, value in options.items())
+        cells = [f"{name} ({told})" if told else name, f"{len(found)} of {len(seeds)}"]
         if not all(result["scores"] for result in found.values()):
             found = {}
             cells.append("selection alone costs more")
