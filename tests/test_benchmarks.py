@@ -165,8 +165,35 @@ def test_results_keep_what_the_tables_need(tmp_path, proxy):
     with pytest.raises(DataError, match="made with another pool: use another --results"):
         tables.Results.open(tmp_path / "r.json", {"pool": "b"}, shuffled)
     (tmp_path / "r.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match="cannot be read"):
         tables.Results.open(tmp_path / "r.json", {"pool": "a"}, shuffled)
+
+
+def test_summary_compares_over_the_seeds_that_both_have(tmp_path, proxy):
+    tables, summary = importlib.import_module("quality_tables"), importlib.import_module("quality_summary")
+    test = load_proxy(proxy)
+    pools = [tables.Results.open(tmp_path / f"quality_{name}.json", {}, test) for name in ("x", "y")]
+    half = (np.arange(len(test)) % 2).astype(float)
+    for comparison, selector, seed, right in (
+        ("rows", "harp-c", 0, np.ones(16)), ("rows", "harp-c", 1, half), ("rows", "rds", 1, np.ones(16)),
+        ("compute", "rds", 0, half), ("rows", "rds", 2, np.zeros(16)),
+    ):  # fmt: skip
+        pools[0].add({"comparison": comparison, "selector": selector, "rows": 5, "seed": seed,
+                      "scores": {"exact_match": right, "auto": np.ones(16)}})  # fmt: skip
+    pools[1].add({"comparison": "compute", "selector": "rds", "rows": 5, "seed": 0, "scores": {}})
+    pools[1].add({"comparison": "rows", "selector": "harp-c", "rows": 5, "seed": 0, "scores": {
+        "exact_match": half, "auto": half}})  # fmt: skip
+    read = [tables.Results.read(pool.path) for pool in pools]
+    lines = summary.summary(read).splitlines()
+    assert lines[0] == "| selector | x | y |"
+    assert "| harp-c | 100.0 (75.0), 2 | 50.0 (50.0), 1 |" in lines
+    assert "| rds | 100.0 (50.0), 2 |  |" in lines
+    assert "| rds, at HARP's compute | 100.0 (50.0) |  |" in lines
+    ahead = [line for line in lines[lines.index("| harp-c against | x | y |") :] if line.startswith("| rds")]
+    assert ahead[0].startswith("| rds | +0.0 ± 0.0 (-50.0 ± "), "seed 1 alone"
+    assert ahead[1].startswith("| rds, at HARP's compute | +0.0 ± 0.0 (+50.0 ± "), "seed 0 alone"
+    with pytest.raises(DataError, match="cannot be read: "):
+        tables.Results.read(tmp_path / "none.json")
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,23 @@ class Results:
         path (`Path`): The JSON file.
         tasks (`dict[str, int]`): Test rows of each task.
         known (`dict`): What the file holds.
+        order (`np.ndarray`, *optional*): (n_test,) test rows in the order of their tasks; only needed to add results.
     """
 
     path: Path
     tasks: dict[str, int]
     known: dict[str, Any]
-    order: np.ndarray
+    order: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """The results of a benchmark, to look at.
+
+        Raises:
+            DataError: The file cannot be read.
+        """
+        known = read_results(Path(path))
+        return cls(Path(path), known["tasks"], known)
 
     @classmethod
     def open(cls, path: str | Path, settings: dict[str, Any], test: ProxySet) -> Results:
