@@ -10,7 +10,8 @@ import torch
 from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
-from .envelopes import BUDGET_BY, VARIANTS, BudgetBy, Variant
+from .budget import BUDGET_BY, BudgetBy
+from .envelopes import VARIANTS, Variant
 from .errors import ConfigError
 from .evaluation.scoring import AUTO, METRICS
 from .priors import Prior
@@ -120,8 +121,9 @@ class HarpConfig(SFTConfig):
         budget (`int`, *optional*):
             At most that many rows are selected. By default the best prefix of the greedy order is taken whole.
         budget_by (`str`, *optional*, defaults to `"task"`):
-            How a budget below the best prefix is spent: `"task"` (the tasks share it, each taking rows from all leaves
-            that help, most from those that help it most) or `"leaf"` (whole leaves in greedy order, as in the paper).
+            How a budget below the best prefix is spent: `"task"` (the tasks share it, most for those that rows may
+            still bring most, each taking rows from all leaves that help, most from those that help it most) or
+            `"leaf"` (whole leaves in greedy order, as in the paper).
         task_weights (`dict[str, float]` or `str`, *optional*):
             Weight of each task in the objective, as a dict or a JSON object; tasks not named weigh 1.
         source_column (`str`, *optional*):

@@ -1,24 +1,19 @@
-"""What a set of leaves is expected to score, the greedy order of leaves under it, and how a budget cuts that order.
+"""What a set of leaves is expected to score, and the greedy order of leaves under it.
 
 Everything here is deterministic: objectives within `TIE` (times the sum of the weights) of each other count as equal.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtr
 
 from .errors import HarpError
-from .hierarchy import Hierarchy
 
 Variant = Literal["harp-c", "harp-e"]
 VARIANTS: tuple[Variant, ...] = ("harp-c", "harp-e")
-BudgetBy = Literal["task", "leaf"]
-BUDGET_BY: tuple[BudgetBy, ...] = ("task", "leaf")
 
 # Far below any gain that matters and far above the rounding of sums of numbers in [0, 1].
 TIE = 1e-10
@@ -172,118 +167,6 @@ def greedy(phi: np.ndarray, null: np.ndarray, weights: np.ndarray, *, variant: V
             taken, linear = np.zeros(len(ids), bool), None
     cumulative = np.concatenate(([0.0], np.cumsum(gains)))
     return Order(leaves, gains, int((cumulative >= cumulative.max() - tie).argmax()))
-
-
-def cut(order: Order, hierarchy: Hierarchy, budget: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the best prefix in greedy order, at most `budget` of them.
-
-    Within a leaf rows come nearest to its centroid first, so the leaf that crosses the budget gives its nearest rows.
-
-    Args:
-        order: from `greedy`.
-        hierarchy: the rows of every leaf.
-        budget: largest number of rows, at least 1; None for no limit.
-
-    Returns:
-        rows: (r,) int64 indices into the pool; r <= budget.
-        ranks: (r,) int64 place of each row's leaf in the greedy order, from 0.
-
-    Raises:
-        HarpError: budget is below 1.
-    """
-    if budget is not None and budget < 1:
-        raise HarpError(f"budget must be at least 1 row, but is {budget}.")
-    leaves = order.leaves[: order.best_prefix]
-    rows = np.concatenate([np.empty(0, np.int64), *(hierarchy.rows(leaf) for leaf in leaves)])
-    ranks = np.repeat(np.arange(len(leaves)), hierarchy.sizes[leaves])
-    return rows[:budget], ranks[:budget]
-
-
-def share(
-    order: Order,
-    hierarchy: Hierarchy,
-    phi: np.ndarray,
-    weights: np.ndarray,
-    budget: int | None = None,
-    at_large: np.ndarray | float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that the tasks choose by turns, where the budget is smaller than the best prefix.
-
-    So few rows need not come from the few leaves whose effects already exhaust the envelope: every leaf of the prefix
-    has a part, and every other one whose own effects, weighted and summed, are above zero. Rows are handed out one by
-    one to the task that has fewest for its weight (all this by the divisor method of D'Hondt). A task takes them from
-    these leaves in proportion to the square of what they do to it beyond the mean row of the pool, so that several
-    leaves that each hold a part of it all have their part. What tasks leave to the pool at large is taken from all
-    these leaves by their size. Rows that nobody asks for go to the leaves in greedy order. What a leaf gives is spread
-    evenly over its rows from the centroid outwards, as its effect was measured on all of them.
-
-    Args:
-        order: from `greedy`.
-        hierarchy: the rows of every leaf.
-        phi: (G, D) effects of all leaves on the active tasks.
-        weights: (D,) weight of each task, not negative.
-        budget: largest number of rows, at least 1; None for no limit.
-        at_large: (D,) part of its weight that each task leaves to the pool at large, in [0, 1]; see `random_as_good`.
-
-    Returns:
-        As of `cut`, which gives the same where the budget holds the whole prefix.
-
-    Raises:
-        HarpError: budget is below 1.
-    """
-    if budget is None or budget < 1 or hierarchy.sizes[order.leaves[: order.best_prefix]].sum() <= budget:
-        return cut(order, hierarchy, budget)
-    helps = (np.arange(len(order.leaves)) < order.best_prefix) | (phi[order.leaves] @ weights > TIE * weights.sum())
-    leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
-    sizes = hierarchy.sizes[leaves]
-    asked = np.maximum(phi[leaves] - hierarchy.sizes @ phi / hierarchy.sizes.sum(), 0) ** 2
-    # The pool at large is one claimant more.
-    asked = np.column_stack([asked, sizes])
-    weights = np.append(weights * (1 - at_large), np.sum(weights * at_large))
-    # For each claimant a heap of leaves by what it asks of them over the rows it has taken so far and one.
-    claims = [[(-asked[k, d], 0, k) for k in np.flatnonzero(asked[:, d])] for d in range(len(weights))]
-    for heap in claims:
-        heapq.heapify(heap)
-    # And a heap of claimants by the rows that they would have with one more, over their weight.
-    turns = [(1 / weights[d], d) for d in range(len(weights)) if weights[d] > 0 and claims[d]]
-    heapq.heapify(turns)
-    left = sizes.copy()
-    free = int(budget)
-    while turns and free:
-        turn, d = heapq.heappop(turns)
-        while claims[d] and not left[claims[d][0][2]]:
-            heapq.heappop(claims[d])
-        if claims[d]:
-            _, count, k = claims[d][0]
-            heapq.heapreplace(claims[d], (-asked[k, d] / (count + 2), count + 1, k))
-            heapq.heappush(turns, (turn + 1 / weights[d], d))
-            left[k] -= 1
-            free -= 1
-    unasked = np.minimum(left, np.maximum(free - np.cumsum(left) + left, 0))
-    given = sizes - left + unasked
-    rows = [
-        hierarchy.rows(leaf)[((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)]
-        for leaf, size, count in zip(leaves, sizes, given, strict=True)
-    ]
-    return np.concatenate(rows), np.repeat(ranks, given)
-
-
-def random_as_good(mean: np.ndarray, sd: np.ndarray, control: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Probability that random rows bring a task at least what its best leaf brings it.
-
-    Both are taken as normal and independent; the best leaf is that of the largest mean.
-
-    Args:
-        mean: (G, D) posterior means of the effects of all leaves.
-        sd: (G, D) posterior standard deviations.
-        control: (D,) measured effects of random rows.
-        variance: (D,) their variances, above zero.
-
-    Returns:
-        (D,) probabilities.
-    """
-    best = mean.argmax(axis=0), np.arange(mean.shape[1])
-    return ndtr((control - mean[best]) / np.sqrt(variance + sd[best] ** 2))
 
 
 def _check(phi: np.ndarray, null: np.ndarray, variant: str) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from .budget import BudgetBy, claims_of, cut, mean_row, random_as_good, share
 from .config import HarpConfig, check_choice
 from .effects import active_tasks
-from .envelopes import BudgetBy, Order, Variant, cut, greedy, predict, random_as_good, share
+from .envelopes import Order, Variant, greedy, predict
 from .errors import ConfigError, DataError, HarpError
 from .hierarchy import Hierarchy
 from .measurements import Measurements
@@ -153,11 +154,18 @@ class HarpResult:
         """As [`~HarpResult.chosen`], of any order of leaves and whatever is known of their effects."""
         if choice.budget_by == "leaf":
             return cut(order, self.hierarchy, choice.budget)
-        active = self.active(choice)
-        return share(
-            order, self.hierarchy, known.mean[:, active], self._weights(choice)[active], choice.budget,
-            self.at_large(known)[active],
-        )  # fmt: skip
+        active, weights = self.active(choice), self._weights(choice)
+        claims = self._claims(known, weights * active)
+        return share(order, self.hierarchy, known.mean[:, active], weights[active], claims[np.append(active, True)],
+                     choice.budget)  # fmt: skip
+
+    def _claims(self, known: Posterior, weights: np.ndarray) -> np.ndarray:
+        """(D + 1,) what tasks and the pool at large may ask of a budget; see [`~harp_hf.budget.claims_of`]."""
+        measured = self.measurements.control_effects(self.task, len(self.tasks))
+        floor, as_good = mean_row(known.mean, self.hierarchy), np.zeros(len(self.tasks))
+        if measured is not None:
+            floor, as_good = measured[0], random_as_good(known.mean, known.sd, *measured)
+        return claims_of(weights, self.null, known.mean[self.measurements.leaves].max(axis=0), floor, as_good)
 
     def _weights(self, choice: Choice) -> np.ndarray:
         return np.array([(choice.task_weights or {}).get(task, 1.0) for task in self.tasks])
@@ -181,11 +189,6 @@ class HarpResult:
         """(D,) mean score on each task after finetuning on random rows; None where that was not measured."""
         measured = self.measurements.control_effects(self.task, len(self.tasks))
         return None if measured is None else self.null + measured[0]
-
-    def at_large(self, known: Posterior) -> np.ndarray:
-        """(D,) probability that random rows do as well as the best leaf; zeros where they were not measured."""
-        measured = self.measurements.control_effects(self.task, len(self.tasks))
-        return np.zeros(len(self.tasks)) if measured is None else random_as_good(known.mean, known.sd, *measured)
 
     def explain(self, row: int) -> dict[str, Any]:
         """Why a row of the pool was chosen or not.

@@ -7,11 +7,12 @@ import pytest
 
 import harp_hf
 from harp_hf import load_result
-from harp_hf.envelopes import random_as_good
+from harp_hf.budget import claims_of, random_as_good, share
 from harp_hf.errors import FinetuneError
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.names import CONTROL, measurement_file
 from harp_hf.report import write_report
+from harp_hf.result import Choice
 from harp_hf.rundir import RunDir
 from harp_hf.status import read_status
 
@@ -62,9 +63,31 @@ def test_a_budget_is_shared_with_random_rows(measured):
     helps = red > 0
     expected = 10 * measured.hierarchy.sizes * helps / measured.hierarchy.sizes[helps].sum()
     assert np.abs(large - expected).max() <= 1
-    at_large = measured.at_large(measured.posterior)
-    effects = measured.measurements.control_effects(measured.task, 2)
-    assert np.array_equal(at_large, random_as_good(measured.posterior.mean, measured.posterior.sd, *effects))
+
+
+def test_tasks_claim_rows_by_what_their_best_measured_leaf_brings_beyond_random_rows(measured):
+    known, leaves = measured.posterior, measured.measurements.leaves
+    weights = np.array([1.0, 3.0])
+    choice = Choice(budget=10, task_weights={measured.tasks[1]: 3.0}, active_tasks=("all",))
+    # Random rows that do to the first task what its best leaf does, and nothing to the other.
+    scores, null = measured.measurements.scores, measured.measurements.null
+    like_leaf = np.where(
+        measured.task == 0, scores[measured.measurements.effects(measured.task, 2)[0][:, 0].argmax()], null
+    )
+    for control in (measured.measurements.control, like_leaf, None):
+        one = replace(measured, measurements=replace(measured.measurements, control=control))
+        if control is None:
+            floor, as_good = one.hierarchy.sizes @ known.mean / len(one.pool), np.zeros(2)
+        else:
+            floor, variance = one.measurements.control_effects(one.task, 2)
+            as_good = random_as_good(known.mean, known.sd, floor, variance)
+        claims = claims_of(weights, one.null, known.mean[leaves].max(axis=0), floor, as_good)
+        expected = share(one.order(choice), one.hierarchy, known.mean, weights, claims, 10)[0]
+        assert np.array_equal(one.chosen(choice)[0], expected)
+        if control is like_leaf:
+            assert claims[0] < 0.1 * claims[1]
+            equal = share(one.order(choice), one.hierarchy, known.mean, weights, np.append(weights, 0), 10)[0]
+            assert not np.array_equal(np.sort(equal), np.sort(expected))
 
 
 def test_the_error_of_the_control_is_that_of_a_leaf_with_its_scores(measured):

@@ -27,8 +27,9 @@ from scipy.stats import norm, spearmanr
 from harp_hf import HarpConfig, HarpResult, measure
 from harp_hf.baselines.problem import open_problem
 from harp_hf.baselines.unions import Unions
+from harp_hf.budget import cut
 from harp_hf.design import choose_leaves
-from harp_hf.envelopes import VARIANTS, Order, cut, greedy, predict
+from harp_hf.envelopes import VARIANTS, Order, greedy, predict
 from harp_hf.errors import DataError, HarpError
 from harp_hf.evaluation.scoring import describe_metrics
 from harp_hf.hierarchy import Hierarchy
