@@ -127,7 +127,7 @@ def test_rds_looks_further_where_others_took_its_neighbours():
 
 
 @given(WHOLE)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example(np.ones((5, 3), np.float32))
 @example(np.repeat(np.eye(3, dtype=np.float32), 3, axis=0))
 def test_k_center_always_takes_the_farthest_row(points):
@@ -143,7 +143,7 @@ def test_k_center_always_takes_the_farthest_row(points):
 
 
 @given(WHOLE, st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_k_center_is_within_a_factor_of_two_of_the_best_radius(points, count):
     count = min(count, len(points))
     rows = selector("k-center").rank(Problem(points, points[:1], np.zeros(1, int)), count).rows
@@ -157,7 +157,7 @@ def test_k_center_is_within_a_factor_of_two_of_the_best_radius(points, count):
 
 
 @given(WHOLE, WHOLE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_lazy_greedy_is_naive_greedy(features, covered):
     similarity = np.maximum(covered.astype(float) @ features.T, 0)
     rows, best = [], np.zeros(len(covered))
@@ -468,7 +468,7 @@ def test_exhaustive_is_harp_with_every_leaf_measured(tiny_model, pool, proxy, fe
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_datamodels_recover_an_additive_truth(seed):
     truth = np.random.default_rng(seed).normal(0, 0.1, (10, 2))
     members = draw_unions(10, 40, 0.5, seed)
@@ -501,7 +501,7 @@ def game(seed):
 
 
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 200))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_shapley_values_share_out_the_whole_gain(seed, group, permutations):
     value = game(seed)
     values = shapley_values(value, 5, permutations=permutations, group=group, seed=seed)

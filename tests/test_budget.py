@@ -27,7 +27,6 @@ def hierarchy_of(sizes: list[int], seed: int = 0) -> Hierarchy:
     )
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 40), st.data())
 def test_a_budget_cuts_the_greedy_order_and_is_never_exceeded(
     sizes: list[int], budget: int, data: st.DataObject
@@ -133,7 +132,7 @@ def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
 
 @given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS), st.sampled_from([0.0, 0.4, 2.0]))
 @example((np.array([[0.0, 0.1], [-0.3, 0.3]]), np.array([0.2, 0.0]), np.array([0.3, 0.3])), 2, "harp-c", 0.0)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str, part) -> None:
     phi, null, weights = problem
     hierarchy = hierarchy_of([3 + 2 * g for g in range(len(phi))])

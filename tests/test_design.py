@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from harp_hf.design import choose_leaves
@@ -43,7 +43,6 @@ def hierarchies(draw: st.DrawFn) -> Hierarchy:
     return hierarchy_of(points / np.linalg.norm(points, axis=1, keepdims=True), parent)
 
 
-@settings(deadline=None)
 @given(hierarchies())
 def test_the_default_begins_with_a_representative_of_every_parent(hierarchy: Hierarchy) -> None:
     n_parents = len(hierarchy.large)
@@ -62,7 +61,6 @@ def test_of_two_leaves_as_near_to_their_parent_the_smaller_id_is_measured() -> N
         assert choose_leaves(hierarchy, 1).tolist() == [0]
 
 
-@settings(deadline=None)
 @given(hierarchies(), st.integers(1, 30))
 def test_designs_hold_no_leaf_twice_and_are_nested(hierarchy: Hierarchy, wanted: int) -> None:
     chosen = choose_leaves(hierarchy, wanted)
@@ -71,7 +69,6 @@ def test_designs_hold_no_leaf_twice_and_are_nested(hierarchy: Hierarchy, wanted:
         assert choose_leaves(hierarchy, wanted + 1)[: len(chosen)].tolist() == chosen.tolist()
 
 
-@settings(deadline=None)
 @given(hierarchies(), st.integers(1, 30))
 def test_beyond_the_representatives_the_farthest_leaf_comes_next(hierarchy: Hierarchy, wanted: int) -> None:
     chosen = choose_leaves(hierarchy, wanted).tolist()
@@ -105,7 +102,6 @@ def test_at_least_one_leaf_is_measured(wanted: int) -> None:
         choose_leaves(hierarchy_of(np.eye(2), np.arange(2)), wanted)
 
 
-@settings(deadline=None)
 @given(hierarchies(), st.integers(1, 30), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_the_leaf_most_similar_to_each_task_is_every_other_measurement(
     hierarchy: Hierarchy, wanted: int, n_tasks: int, seed: int

@@ -81,7 +81,7 @@ def test_greedy_on_an_example_by_hand() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(problem=problems())
 def test_greedy_equals_the_reference(variant: str, problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     phi, null, weights = problem

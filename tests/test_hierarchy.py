@@ -75,7 +75,7 @@ def assert_sound(hierarchy: Hierarchy, features: np.ndarray, leaf_size: int) -> 
         assert rows.tolist() == sorted(members, key=lambda row: (hierarchy.distance[row], row))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(features=pools(), leaf_size=st.integers(1, 20), branching=st.integers(1, 4), seed=st.integers(0, 3))
 def test_every_pool_becomes_a_sound_hierarchy(features: np.ndarray, leaf_size: int, branching: int, seed: int) -> None:
     hierarchy = build_hierarchy(features, leaf_size=leaf_size, branching=branching, seed=seed)

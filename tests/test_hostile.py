@@ -55,7 +55,7 @@ NASTY = [
 ]  # fmt: skip
 TEXT = st.one_of(st.text(st.characters(codec="utf-8"), max_size=12), st.sampled_from(NASTY))
 FEW = settings(
-    max_examples=50, deadline=None, phases=[Phase.explicit, Phase.generate],
+    max_examples=50, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", None]), "content": TEXT | st.none()})

@@ -458,7 +458,7 @@ def test_few_measurements_still_give_a_wide_answer_and_a_note(prior: str, m: int
     assert (np.abs(phi - posterior.mean) < 1.645 * posterior.sd)[others].mean() > (0.6 if m == 1 else 0.8)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 6),
     st.sampled_from([0.0, 1e-12, 1e-3, 1.0]),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_rows
 from datasets import ClassLabel, Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import harp_hf
@@ -118,7 +118,6 @@ def test_a_budget_cuts_the_greedy_order_where_leaves_take_it(result, budget, var
     assert len(set(chosen["harp_row"])) == len(chosen) == min(budget, len(whole))
 
 
-@settings(deadline=None)
 @given(budget=st.integers(2, 60), variant=st.sampled_from(["harp-c", "harp-e"]))
 def test_tasks_share_a_budget(result, budget, variant):
     whole = result.chosen(replace(result.choice, variant=variant))[0]
