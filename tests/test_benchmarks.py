@@ -174,24 +174,25 @@ def test_summary_compares_over_the_seeds_that_both_have(tmp_path, proxy):
     test = load_proxy(proxy)
     pools = [tables.Results.open(tmp_path / f"quality_{name}.json", {}, test) for name in ("x", "y")]
     half = (np.arange(len(test)) % 2).astype(float)
-    for comparison, selector, seed, right in (
-        ("rows", "harp-c", 0, np.ones(16)), ("rows", "harp-c", 1, half), ("rows", "rds", 1, np.ones(16)),
-        ("compute", "rds", 0, half), ("rows", "rds", 2, np.zeros(16)),
+    for comparison, selector, rows, seed, right in (
+        ("rows", "harp-c", 5, 0, np.ones(16)), ("rows", "harp-c", 5, 1, half), ("rows", "rds", 5, 1, np.ones(16)),
+        ("compute", "rds", 5, 0, half), ("rows", "rds", 5, 2, np.zeros(16)), ("rows", "rds", 9, 0, half),
     ):  # fmt: skip
-        pools[0].add({"comparison": comparison, "selector": selector, "rows": 5, "seed": seed,
+        pools[0].add({"comparison": comparison, "selector": selector, "rows": rows, "seed": seed,
                       "scores": {"exact_match": right, "auto": np.ones(16)}})  # fmt: skip
     pools[1].add({"comparison": "compute", "selector": "rds", "rows": 5, "seed": 0, "scores": {}})
     pools[1].add({"comparison": "rows", "selector": "harp-c", "rows": 5, "seed": 0, "scores": {
         "exact_match": half, "auto": half}})  # fmt: skip
     read = [tables.Results.read(pool.path) for pool in pools]
     lines = summary.summary(read).splitlines()
-    assert lines[0] == "| selector | x | y |"
-    assert "| harp-c | 100.0 (75.0), 2 | 50.0 (50.0), 1 |" in lines
-    assert "| rds | 100.0 (50.0), 2 |  |" in lines
-    assert "| rds, at HARP's compute | 100.0 (50.0) |  |" in lines
-    ahead = [line for line in lines[lines.index("| harp-c against | x | y |") :] if line.startswith("| rds")]
-    assert ahead[0].startswith("| rds | +0.0 ± 0.0 (-50.0 ± "), "seed 1 alone"
-    assert ahead[1].startswith("| rds, at HARP's compute | +0.0 ± 0.0 (+50.0 ± "), "seed 0 alone"
+    assert [line for line in lines if line.startswith(("| 5 |", "| 9 |"))][:4] == [
+        "| 5 | rds | 100.0 (50.0), 2 |  |", "| 5 | harp-c | 100.0 (75.0), 2 | 50.0 (50.0) |",
+        "| 5 | rds, at HARP's compute | 100.0 (50.0) |  |", "| 9 | rds | 100.0 (50.0) |  |",
+    ]  # fmt: skip
+    ahead = [line for line in lines[lines.index("| rows | harp-c against | x | y |") + 2 :] if line.startswith("|")]
+    assert len(ahead) == 2, "HARP has no result with 9 rows"
+    assert ahead[0].startswith("| 5 | rds | +0.0 ± 0.0 (-50.0 ± "), "seed 1 alone"
+    assert ahead[1].startswith("| 5 | rds, at HARP's compute | +0.0 ± 0.0 (+50.0 ± "), "seed 0 alone"
     with pytest.raises(DataError, match="cannot be read: "):
         tables.Results.read(tmp_path / "none.json")
 

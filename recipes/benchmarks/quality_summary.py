@@ -17,7 +17,8 @@ from harp_hf.errors import HarpError
 from harp_hf.intervals import mean_intervals
 
 HARP = "harp-c"
-# Selector by comparison, by the score of the table; what no pool has is left out.
+Key = tuple[str, int, str]
+# What is said of a selector by how it was compared.
 _AT = {"rows": "", "compute": ", at HARP's compute"}
 
 
@@ -30,42 +31,44 @@ def main(argv: list[str] | None = None) -> None:
 
 def summary(pools: list[Results]) -> str:
     """Scores of every selector on every pool, and how far HARP is ahead of each, as Markdown."""
-    keys = [(r["comparison"], r["selector"]) for pool in pools for r in pool.known["results"] if r["scores"]]
-    keys = sorted(dict.fromkeys(keys), key=lambda key: (key[0] == "compute", key[1] == HARP, key[1]))
-    names = [pool.path.stem.removeprefix("quality_").replace("_", " ") for pool in pools]
-    others = [key for key in keys if key != ("rows", HARP)]
-    return "\n\n".join([
-        _table(pools, ["selector", *names], keys, _scores), _table(pools, [f"{HARP} against", *names], others, _ahead),
-        _NOTE,
-    ])  # fmt: skip
+    keys = {_key(result) for pool in pools for result in pool.known["results"] if result["scores"]}
+    # By rows, at equal compute below, HARP last.
+    ordered = sorted(keys, key=lambda key: (key[1], key[0] == "compute", key[2] == HARP, key[2]))
+    others = [key for key in ordered if key[1] and key != ("rows", key[1], HARP)]
+    return "\n\n".join(
+        [_table(pools, "selector", ordered, _scores), _table(pools, f"{HARP} against", others, _ahead), _NOTE]
+    )
 
 
 _NOTE = """\
 Mean test score of tasks in %, by choice where a task has choices, in brackets by exact match alone; behind the comma
-over how many seeds. Below: points that HARP is ahead, with half a 95 % interval, over the seeds that both have."""
+over how many seeds, where more than one. Below: points that HARP is ahead with as many rows, with half a 95 %
+interval, over the seeds that both have."""
 
 
-def _table(
-    pools: list[Results], head: list[str], keys: list[tuple[str, str]], cell: Callable[[Results, str, str], str]
-) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * len(pools)}"]
-    lines += [f"| {name}{_AT[at]} | {' | '.join(cell(pool, at, name) for pool in pools)} |" for at, name in keys]
+def _table(pools: list[Results], first: str, keys: list[Key], cell: Callable[[Results, Key], str]) -> str:
+    names = [pool.path.stem.removeprefix("quality_").replace("_", " ") for pool in pools]
+    lines = [f"| rows | {first} | {' | '.join(names)} |", f"|---:|---|{'---:|' * len(pools)}"]
+    for key in keys:
+        cells = [cell(pool, key) for pool in pools]
+        if any(cells):
+            lines.append(f"| {key[1]} | {key[2]}{_AT[key[0]]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _scores(pool: Results, comparison: str, name: str) -> str:
+def _scores(pool: Results, key: Key) -> str:
     """Mean score by both metrics, and over how many seeds."""
-    found = _by_seed(pool, comparison, name)
+    found = _by_seed(pool, key)
     if not found:
         return ""
     choice, exact = (np.mean([r["scores"][m]["mean"] for r in found.values()]) for m in ("auto", "exact_match"))
-    seeds = f", {len(found)}" if comparison == "rows" and name != "base model" else ""
+    seeds = f", {len(found)}" if key[1] and len(found) > 1 else ""
     return f"{100 * choice:.1f} ({100 * exact:.1f}){seeds}"
 
 
-def _ahead(pool: Results, comparison: str, name: str) -> str:
+def _ahead(pool: Results, key: Key) -> str:
     """What HARP scores more, over the seeds that both have, with half a 95 % interval."""
-    found, harp = _by_seed(pool, comparison, name), _by_seed(pool, "rows", HARP)
+    found, harp = _by_seed(pool, key), _by_seed(pool, ("rows", key[1], HARP))
     seeds = [seed for seed in found if seed in harp]
     if not seeds:
         return ""
@@ -77,11 +80,12 @@ def _ahead(pool: Results, comparison: str, name: str) -> str:
     return f"{parts[0]} ({parts[1]})"
 
 
-def _by_seed(pool: Results, comparison: str, name: str) -> dict[int, dict[str, Any]]:
-    return {
-        r["seed"]: r for r in pool.known["results"]
-        if (r["comparison"], r["selector"]) == (comparison, name) and r["scores"]
-    }  # fmt: skip
+def _by_seed(pool: Results, key: Key) -> dict[int, dict[str, Any]]:
+    return {r["seed"]: r for r in pool.known["results"] if _key(r) == key and r["scores"]}
+
+
+def _key(result: dict[str, Any]) -> Key:
+    return result["comparison"], result["rows"], result["selector"]
 
 
 if __name__ == "__main__":
