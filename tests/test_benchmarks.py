@@ -153,6 +153,10 @@ def test_results_keep_what_the_tables_need(tmp_path, proxy):
     assert kept["scores"]["exact_match"]["tasks"] == expected
     assert again.right(kept, "exact_match").tolist() == right[again.order].tolist()
     assert again.find("rows", "rds", 5, 1) is None
+    some = load_proxy(proxy.filter(lambda row, i: row["task"] == "red" or i % 4 == 0, with_indices=True))
+    assert some.tasks == ["red", "green"]
+    tables.Results.open(tmp_path / "some.json", {}, some).add(one | {"scores": {}})
+    assert list(tables.Results.read(tmp_path / "some.json").tasks.items()) == [("red", 8), ("green", 2)]
     text = tables.markdown(again, ["rds", "less"], [5], [0, 1], [])
     mean = 100 * np.mean(list(expected.values()))
     assert f"| rds | 1 of 2 | 5 | {mean:.1f} ± " in text

@@ -47,7 +47,7 @@ class Results:
             DataError: The file cannot be read.
         """
         known = read_results(Path(path))
-        return cls(Path(path), known["tasks"], known)
+        return cls(Path(path), dict(known["tasks"]), known)
 
     @classmethod
     def open(cls, path: str | Path, settings: dict[str, Any], test: ProxySet) -> Results:
@@ -58,7 +58,7 @@ class Results:
         """
         path = Path(path)
         tasks = dict(zip(test.tasks, np.bincount(test.task).tolist(), strict=True))
-        known = {"tasks": tasks, "results": []} | read_results(path, settings)
+        known = {"tasks": list(tasks.items()), "results": []} | read_results(path, settings)
         return cls(path, tasks, known, np.argsort(test.task, kind="stable"))
 
     @property
