@@ -1,5 +1,6 @@
-"""The Python examples of the README run as they stand."""
+"""The Python examples of the README run as they stand, and the tables of quality are those of the results."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -73,3 +74,14 @@ def test_command_line_examples(folder, capsys):
     assert "predicts" in capsys.readouterr().out
     for variant in ("harp-c", "harp-e"):
         assert len(load_dataset(str(folder / "runs" / "first" / "result" / variant), split="train")) > 0
+
+
+def test_the_tables_of_quality_are_those_of_the_results(monkeypatch):
+    folder = Path(__file__).parent.parent / "recipes" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    tables, summary = importlib.import_module("quality_tables"), importlib.import_module("quality_summary")
+    pools = [tables.Results.read(path) for path in sorted(folder.glob("results/quality_pool_*.json"))]
+    rows = [line for line in summary.summary(pools).splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    shown = README + (folder / "README.md").read_text(encoding="utf-8")
+    assert [row for row in rows if row not in shown] == []
