@@ -166,6 +166,7 @@ def test_results_keep_what_the_tables_need(tmp_path, proxy):
     assert "| less | 1 of 2 | selection alone costs more |" in text
     assert "| shapley | 0 of 2 | missing |" in text
     assert len(tables.draw(again, ["rds", "less"])) == 2
+    assert tables.draw(again, ["less"]) == []
     with pytest.raises(DataError, match="made with another pool: use another --results"):
         tables.Results.open(tmp_path / "r.json", {"pool": "b"}, shuffled)
     (tmp_path / "r.json").write_text("{")

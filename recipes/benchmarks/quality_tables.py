@@ -171,7 +171,14 @@ def draw(results: Results, selectors: list[str]) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
+    counts = sorted({
+        r["rows"] for r in results.known["results"]
+        if r["comparison"] == "rows" and r["selector"] in selectors and r["scores"]
+    })  # fmt: skip
+    if not counts:
+        return []
     paths = []
     for metric, title in METRICS.items():
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
@@ -181,24 +188,26 @@ def draw(results: Results, selectors: list[str]) -> list[Path]:
             if not points:
                 continue
             used, compute, mean, half = map(np.array, zip(*points, strict=True))
-            left.errorbar(used, mean, half, label=name, capsize=2, linewidth=1, **look)
+            beside = (place - (len(selectors) - 1) / 2) * counts[-1] / 80  # else they hide each other
+            left.errorbar(used + beside, mean, half, label=name, capsize=2, linewidth=1, **look)
             right.errorbar(compute / 1e6, mean, half, capsize=2, linewidth=1, **look)
             points = _points(results, "compute", name, metric)
             if points:
                 _, compute, mean, half = map(np.array, zip(*points, strict=True))
                 right.errorbar(compute / 1e6, mean, half, capsize=2, linewidth=1, linestyle="--",
                                markerfacecolor="white", **look)  # fmt: skip
-        left.set(xlabel="rows", ylabel=f"test {title}, mean of tasks, %")
-        right.set(xlabel="million tokens: selection and final finetune", xscale="log")
+        left.set(xlabel="rows", xlim=(0, 1.2 * counts[-1]), xticks=counts, ylabel=f"test {title}, mean of tasks, %")
+        low, high = right.dataLim.intervalx
+        right.set(xlabel="million tokens: selection and final finetune", xscale="log", xlim=(low / 1.6, high * 1.6))
+        right.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
         right.set_title("hollow, dashed: as many tokens as HARP", fontsize=9)
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-        if left.has_data():
-            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-            path = results.path.with_name(f"{results.path.stem}-{metric}.png")
-            figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
-            paths.append(path)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        path = results.path.with_name(f"{results.path.stem}-{metric}.png")
+        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+        paths.append(path)
         plt.close(figure)
     return paths
 
