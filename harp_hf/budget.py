@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -48,6 +50,7 @@ def share(
     weights: np.ndarray,
     claims: np.ndarray,
     budget: int | None = None,
+    nearest: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that the tasks choose by turns, where the budget is smaller than the best prefix.
 
@@ -56,8 +59,12 @@ def share(
     one to the task that has fewest for its claim (all this by the divisor method of D'Hondt). A task takes them from
     these leaves in proportion to the square of what they do to it beyond the mean row of the pool, so that several
     leaves that each hold a part of it all have their part. The pool at large takes them from all these leaves by their
-    size. Rows that nobody asks for go to the leaves in greedy order. What a leaf gives is spread evenly over its rows
-    from the centroid outwards, as its effect was measured on all of them.
+    size. Rows that nobody asks for go to the leaves in greedy order.
+
+    Which rows: the proxy rows of the tasks take turns, and each takes the row most similar to it that is left in the
+    leaves from which its task still takes rows. Rows that no proxy row is near, those of the pool at large and those
+    that nobody asks for are spread evenly over what is left of the leaf, from the centroid outwards, as its effect was
+    measured on all of its rows.
 
     Args:
         order: from `greedy`.
@@ -67,6 +74,8 @@ def share(
         claims: (D + 1,) to how many rows each task, and last the pool at large, is entitled, in proportion; not
             negative. See `claims_of`.
         budget: largest number of rows, at least 1; None for no limit.
+        nearest: for each task, (q, k) rows of the pool most similar to each of its q proxy rows, the most similar
+            first, or -1; see [`~harp_hf.similarity.nearest_rows`]. Empty where that is not known.
 
     Returns:
         As of `cut`, which gives the same where the budget holds the whole prefix.
@@ -80,7 +89,20 @@ def share(
     leaves, ranks = order.leaves[helps], np.flatnonzero(helps)
     sizes = hierarchy.sizes[leaves]
     asked = np.maximum(phi[leaves] - mean_row(phi, hierarchy), 0) ** 2
-    asked = np.column_stack([asked, sizes])
+    quota = _quotas(np.column_stack([asked, sizes]), sizes, claims, budget)
+    left = sizes - quota.sum(axis=0)
+    free = budget - quota.sum()
+    given = sizes - left + np.minimum(left, np.maximum(free - np.cumsum(left) + left, 0))
+    # The place of each pool row's leaf among these, and one more place for all other leaves.
+    place = np.full(hierarchy.n_leaves, len(leaves))
+    place[leaves] = np.arange(len(leaves))
+    similar = _most_similar(quota, nearest, place[hierarchy.leaf])
+    rows = [_given(hierarchy.rows(leaf), count, similar) for leaf, count in zip(leaves, given, strict=True)]
+    return np.concatenate(rows), np.repeat(ranks, given)
+
+
+def _quotas(asked: np.ndarray, sizes: np.ndarray, claims: np.ndarray, budget: int) -> np.ndarray:
+    """(D + 1, L) rows that each claimant takes of each leaf, in proportion to what it asks of them, (L, D + 1)."""
     # For each claimant a heap of leaves by what it asks of them over the rows it has taken so far and one.
     heaps = [[(-asked[k, d], 0, k) for k in np.flatnonzero(asked[:, d])] for d in range(len(claims))]
     for heap in heaps:
@@ -88,8 +110,8 @@ def share(
     # And a heap of claimants by the rows that they would have with one more, over their claim.
     turns = [(1 / claims[d], d) for d in range(len(claims)) if claims[d] > 0 and heaps[d]]
     heapq.heapify(turns)
-    left = sizes.copy()
-    free = int(budget)
+    left, free = sizes.copy(), int(budget)
+    quota = np.zeros(asked.T.shape, np.int64)
     while turns and free:
         turn, d = heapq.heappop(turns)
         while heaps[d] and not left[heaps[d][0][2]]:
@@ -98,15 +120,32 @@ def share(
             _, count, k = heaps[d][0]
             heapq.heapreplace(heaps[d], (-asked[k, d] / (count + 2), count + 1, k))
             heapq.heappush(turns, (turn + 1 / claims[d], d))
+            quota[d, k] += 1
             left[k] -= 1
             free -= 1
-    unasked = np.minimum(left, np.maximum(free - np.cumsum(left) + left, 0))
-    given = sizes - left + unasked
-    rows = [
-        hierarchy.rows(leaf)[((np.arange(count) + 0.5) * size / max(count, 1)).astype(np.int64)]
-        for leaf, size, count in zip(leaves, sizes, given, strict=True)
-    ]
-    return np.concatenate(rows), np.repeat(ranks, given)
+    return quota
+
+
+def _most_similar(quota: np.ndarray, nearest: Sequence[np.ndarray], place: np.ndarray) -> np.ndarray:
+    """(n,) bool, rows that proxy rows take, of (D + 1, L) quotas and each row's `place` in them, L for none."""
+    quota, taken = np.pad(quota, ((0, 0), (0, 1))), np.zeros(len(place), bool)
+    turns = deque((d, iter(rows[rows >= 0].tolist())) for d, lists in enumerate(nearest) for rows in lists)
+    while turns:
+        d, rows = turns.popleft()
+        row = next((row for row in rows if quota[d, place[row]] and not taken[row]), None)
+        if row is not None:
+            taken[row] = True
+            quota[d, place[row]] -= 1
+            turns.append((d, rows))
+    return taken
+
+
+def _given(rows: np.ndarray, count: int, similar: np.ndarray) -> np.ndarray:
+    """So many rows of a leaf, in its order: the similar ones, and others spread evenly."""
+    chosen = similar[rows]
+    others, count = np.flatnonzero(~chosen), count - chosen.sum()
+    chosen[others[((np.arange(count) + 0.5) * len(others) / max(count, 1)).astype(np.int64)]] = True
+    return rows[chosen]
 
 
 def claims_of(

@@ -109,7 +109,8 @@ class HarpConfig(SFTConfig):
             `"smooth"` (effects vary smoothly over feature space) or `"nested"` (effects of large, parent and leaf).
         similarity (`bool`, *optional*, defaults to `True`):
             Whether the prior expects more of leaves that are similar to a task's proxy rows, as far as the measured
-            leaves bear it out. `False` is the prior of the paper. It needs features that the proxy set has too.
+            leaves bear it out, and whether a shared budget takes the rows of a leaf that are most similar to these.
+            `False` is the prior of the paper. It needs features that the proxy set has too.
         active_tasks (`list[str]`, *optional*, defaults to `["auto"]`):
             Tasks that decide the selection: `auto` (those whose measured effects are distinguishable from none),
             `all`, or names of tasks.
@@ -219,7 +220,9 @@ class HarpConfig(SFTConfig):
     prior: Prior = field(default="smooth", metadata={"help": "Prior of the effects of unmeasured leaves."})
     similarity: bool = field(
         default=True,
-        metadata={"help": "Whether the prior learns how far similarity to the proxy rows can be believed."},
+        metadata={
+            "help": "Whether similarity to the proxy rows guides the prior, as far as it can be believed, and the choice of rows."
+        },
     )
     active_tasks: list[str] = field(
         default_factory=lambda: ["auto"], metadata={"help": "'auto', 'all', or names of tasks."}

@@ -19,6 +19,7 @@ from .measurements import Measurements
 from .posterior import Posterior, infer
 from .proxy import ProxySet
 from .quiet import quiet
+from .similarity import leaf_similarity
 from .sources import Labels, Sources, infer_sources, tabulate
 
 
@@ -52,8 +53,8 @@ class HarpResult:
         path (`Path`, *optional*): The run directory.
         sources (`Sources`, *optional*): Source of each row of the pool, and the posterior of the mean φ of each
             source; see [`~HarpResult.by_source`].
-        similarity (`np.ndarray`, *optional*): (n_leaves, D) of each leaf to the proxy rows of each task, where the
-            prior uses it.
+        nearest (`np.ndarray`, *optional*): (n_proxy, k) rows of the pool most similar to each proxy row, where
+            similarity is taken into account; see [`~harp_hf.similarity.nearest_rows`].
     """
 
     pool: Dataset
@@ -69,7 +70,7 @@ class HarpResult:
     digest: str
     path: Path | None = None
     sources: Sources | None = None
-    similarity: np.ndarray | None = None
+    nearest: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return (
@@ -156,8 +157,9 @@ class HarpResult:
             return cut(order, self.hierarchy, choice.budget)
         active, weights = self.active(choice), self._weights(choice)
         claims = self._claims(known, weights * active)
+        nearest = [] if self.nearest is None else [self.nearest[self.task == d] for d in np.flatnonzero(active)]
         return share(order, self.hierarchy, known.mean[:, active], weights[active], claims[np.append(active, True)],
-                     choice.budget)  # fmt: skip
+                     choice.budget, nearest)  # fmt: skip
 
     def _claims(self, known: Posterior, weights: np.ndarray) -> np.ndarray:
         """(D + 1,) what tasks and the pool at large may ask of a budget; see [`~harp_hf.budget.claims_of`]."""
@@ -178,6 +180,13 @@ class HarpResult:
         choice = choice or self.choice
         leaves = np.unique(self.hierarchy.leaf[self.chosen(choice)[0]])
         return predict(self.posterior.mean, self.null, leaves, choice.variant)
+
+    @property
+    def similarity(self) -> np.ndarray | None:
+        """(n_leaves, D) of each leaf to the proxy rows of each task, where the posterior takes it into account."""
+        if self.nearest is None:
+            return None
+        return leaf_similarity(self.nearest, self.hierarchy, self.task, len(self.tasks))
 
     @property
     def null(self) -> np.ndarray:
@@ -285,9 +294,10 @@ class HarpResult:
 
 def conclude(pool: Dataset, proxy: ProxySet, hierarchy: Hierarchy, measured: Measurements, args: HarpConfig,
              metrics: list[str], digest: str, seconds: dict[str, float],
-             labels: Labels | None = None, similarity: np.ndarray | None = None) -> HarpResult:  # fmt: skip
+             labels: Labels | None = None, nearest: np.ndarray | None = None) -> HarpResult:  # fmt: skip
     """Infer the effects of every leaf, and of every source where these are known, from the measured ones."""
     effects, variances = measured.effects(proxy.task, len(proxy.tasks))
+    similarity = None if nearest is None else leaf_similarity(nearest, hierarchy, proxy.task, len(proxy.tasks))
     inferred = infer(effects, variances, measured.leaves, hierarchy, prior=args.prior, similarity=similarity)
     sources = None
     if labels is not None:
@@ -299,5 +309,5 @@ def conclude(pool: Dataset, proxy: ProxySet, hierarchy: Hierarchy, measured: Mea
     return HarpResult(
         pool, proxy.tasks, metrics, proxy.task, hierarchy, measured, inferred,
         active_tasks(effects, variances), choice, seconds, digest, sources=sources,
-        similarity=similarity,
+        nearest=nearest,
     )  # fmt: skip

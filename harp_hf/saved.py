@@ -32,7 +32,7 @@ def save_result(result: HarpResult, path: str | Path) -> None:
         trained_ends=np.cumsum([len(measured.rows[g]) for g in measured.leaves.tolist()]),
         **{f"hierarchy_{k}": v for k, v in result.hierarchy.arrays().items()},
         **{f"source_{k}": v for k, v in told.items()},
-        **({"similarity": result.similarity} if result.similarity is not None else {}),
+        **({"nearest": result.nearest} if result.nearest is not None else {}),
         **({"control": measured.control} if measured.control is not None else {}),
     )  # fmt: skip
     run.write_json("result/seconds.json", {"seconds": result.seconds, "cost": measured.cost})
@@ -86,5 +86,5 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
         Hierarchy(**{k.removeprefix("hierarchy_"): v for k, v in arrays.items() if k.startswith("hierarchy_")}),
         measured, Posterior(arrays["mean"], arrays["sd"], tuple(known["notes"])),
         arrays["distinguishable"], Choice(**chosen), costs["seconds"], known["pool"], Path(path), sources,
-        arrays.get("similarity"),
+        arrays.get("nearest"),
     )  # fmt: skip

@@ -32,7 +32,7 @@ from .processes import from_main, join, main_first
 from .proxy import ProxySet
 from .result import HarpResult, conclude
 from .rundir import RunDir
-from .similarity import leaf_similarity
+from .similarity import leaf_similarity, nearest_rows
 from .stages import stage, started
 from .texts import without_tokens
 
@@ -114,11 +114,12 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
     ))  # fmt: skip
     hierarchy = _timed(run, "hierarchy", lambda: load_hierarchy(run, matrix, args))
-    similarity = None
+    nearest = similarity = None
     if args.similarity and not comparable(given.pool, given.proxy, given.features):
         logger.info("The proxy set has no features of its own, so similarity to it is not used.")
     elif args.similarity:
-        similarity = _timed(run, "similarity", lambda: _load_similarity(run, matrix, hierarchy, given, args))
+        nearest = _timed(run, "similarity", lambda: _load_nearest(run, matrix, given, args))
+        similarity = leaf_similarity(nearest, hierarchy, given.proxy.task, len(given.proxy.tasks))
     leaves = choose_leaves(hierarchy, args.max_measurements, similarity)
     logger.info("Measuring %d of %d leaves on %d tasks.", len(leaves), hierarchy.n_leaves, len(given.proxy.tasks))
 
@@ -135,7 +136,7 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
     with stage(run, "inference"):
         result = conclude(
             given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics), given.digest, seconds,
-            given.labels, similarity,
+            given.labels, nearest,
         )  # fmt: skip
         from_main(lambda: result.save(run.path))
     return replace(result, path=run.path)
@@ -177,17 +178,14 @@ def load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierarc
     return Hierarchy(**run.read_arrays("hierarchy.npz"))
 
 
-def _load_similarity(
-    run: RunDir, matrix: np.ndarray, hierarchy: Hierarchy, given: Inputs, args: HarpConfig
-) -> np.ndarray:
-    if not run.holds("similarity.npz"):
+def _load_nearest(run: RunDir, matrix: np.ndarray, given: Inputs, args: HarpConfig) -> np.ndarray:
+    if not run.holds("nearest.npz"):
         examples = load_proxy_features(
             given.pool, given.proxy, given.features,
             text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
         )  # fmt: skip
-        found = leaf_similarity(matrix, hierarchy, examples, given.proxy.task, len(given.proxy.tasks))
-        run.write_arrays("similarity.npz", similarity=found)
-    return run.read_arrays("similarity.npz")["similarity"]
+        run.write_arrays("nearest.npz", nearest=nearest_rows(matrix, examples))
+    return run.read_arrays("nearest.npz")["nearest"]
 
 
 def _timed(run: RunDir, name: str, work: Callable[[], Any]) -> Any:

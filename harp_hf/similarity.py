@@ -1,4 +1,4 @@
-"""How similar each leaf of the pool is to the examples of each task."""
+"""Which rows of the pool are most similar to each proxy row, and how similar that makes each leaf to each task."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ _BLOCK = 1 << 14
 _ENTRIES = 1 << 22
 
 
-def leaf_similarity(
-    features: np.ndarray, hierarchy: Hierarchy, proxy_features: np.ndarray, task: np.ndarray, n_tasks: int
-) -> np.ndarray:
+def leaf_similarity(nearest: np.ndarray, hierarchy: Hierarchy, task: np.ndarray, n_tasks: int) -> np.ndarray:
     """How much more often a leaf holds the nearest neighbours of a task's proxy rows than its size alone explains.
 
-    With s the share of the `NEIGHBOURS` nearest pool rows of the task's proxy rows that lie in the leaf, and p the
-    leaf's share of the pool, the similarity is s / p: 1 for chance, 0 for none.
+    With s the share of the nearest pool rows of the task's proxy rows that lie in the leaf, and p the leaf's share of
+    the pool, the similarity is s / p: 1 for chance, 0 for none.
 
     Args:
-        features: (n, d) unit-norm pool features, read in blocks.
+        nearest: (n_proxy, k) from `nearest_rows`.
         hierarchy: the leaf of every pool row.
-        proxy_features: (n_proxy, d) unit-norm, or zero where nothing is known of a row, which then has no neighbours.
         task: (n_proxy,) int, task of every proxy row, 0..n_tasks-1.
         n_tasks: number of tasks D.
 
     Returns:
         (G, D) similarities, at least 0; 1 for tasks of which no row has neighbours.
     """
-    count = min(NEIGHBOURS, len(features))
-    rows = _nearest_rows(features, proxy_features, count)
     votes = np.zeros((hierarchy.n_leaves, n_tasks))
-    known = proxy_features.any(axis=1)
-    np.add.at(votes, (hierarchy.leaf[rows[known]], task[known, None]), 1)
-    share = hierarchy.sizes[:, None] / len(features)
+    known = nearest[:, 0] >= 0
+    np.add.at(votes, (hierarchy.leaf[nearest[known]], task[known, None]), 1)
+    share = hierarchy.sizes[:, None] / len(hierarchy.leaf)
     votes = np.where(votes.any(axis=0), votes, share)
     return votes / votes.sum(axis=0) / share
 
 
-def _nearest_rows(features: np.ndarray, proxy_features: np.ndarray, count: int) -> np.ndarray:
-    """(n_proxy, count) ids of the pool rows most similar to each proxy row; of equally near rows the first ones."""
-    n_proxy = len(proxy_features)
+def nearest_rows(features: np.ndarray, proxy_features: np.ndarray) -> np.ndarray:
+    """The pool rows most similar to each proxy row, `NEIGHBOURS` of them or all there are.
+
+    Args:
+        features: (n, d) unit-norm pool features, read in blocks.
+        proxy_features: (n_proxy, d) unit-norm, or zero where nothing is known of a row.
+
+    Returns:
+        (n_proxy, k) int64 rows of the pool, most similar first, of equally similar ones the first; -1 where nothing is
+        known of a proxy row.
+    """
+    n_proxy, count = len(proxy_features), min(NEIGHBOURS, len(features))
     best = np.full((n_proxy, count), -np.inf, np.float32)
     rows = np.zeros((n_proxy, count), np.int64)
     largest = max(count, min(_BLOCK, _ENTRIES // n_proxy))
@@ -61,4 +65,5 @@ def _nearest_rows(features: np.ndarray, proxy_features: np.ndarray, count: int) 
         first = np.searchsorted(owner[order], np.arange(n_proxy))
         nearest = order[first[:, None] + np.arange(count)]
         best, rows = values[nearest], ids[nearest]
+    rows[~proxy_features.any(axis=1)] = -1
     return rows

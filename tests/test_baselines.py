@@ -442,6 +442,17 @@ def test_measured_only_shares_a_budget_as_harp_does(budget_by):
     assert (whole[:6].tolist() == harp.tolist()) == (budget_by == "leaf")
 
 
+def test_even_rows_are_those_of_harp_without_similarity_inside_leaves():
+    result = harp_result(PHI, ([0, 1], PHI[:2]))
+    nearest = np.arange(16)[None, ::-1].repeat(8, axis=0)
+    told = replace(result, nearest=nearest)
+    budget = replace(result.choice, budget=4)
+    ranking = selector("even-rows").rank(problem_with(told), 4)
+    assert ranking.rows[:4].tolist() == result.chosen(budget)[0].tolist() != told.chosen(budget)[0].tolist()
+    assert sorted(ranking.rows.tolist()) == list(range(16))
+    assert ranking.cost.finetunes == 2
+
+
 def test_exhaustive_is_harp_with_every_leaf_measured(tiny_model, pool, proxy, features, config, tmp_path, monkeypatch):
     args = config(metric="likelihood", active_tasks="all")
     result = harp_hf.measure(pool, proxy, tiny_model, args, features=features)

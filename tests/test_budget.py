@@ -130,14 +130,60 @@ def test_a_leaf_gives_rows_from_its_centroid_outwards_evenly() -> None:
     )
 
 
-@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS), st.sampled_from([0.0, 0.4, 2.0]))
-@example((np.array([[0.0, 0.1], [-0.3, 0.3]]), np.array([0.2, 0.0]), np.array([0.3, 0.3])), 2, "harp-c", 0.0)
+def test_proxy_rows_take_turns_and_each_takes_its_most_similar_row_left() -> None:
+    phi = np.array([[0.5, 0.0], [0.3, 0.0], [0.0, 0.4], [-0.2, -0.2]])
+    hierarchy = hierarchy_of([10] * 4)
+    first, second, other, bad = (hierarchy.rows(g)[::-1] for g in range(4))
+    order = greedy(phi, np.zeros(2), np.ones(2), variant="harp-e")
+    # All of the first task's rows come from leaves 0 and 1, in the proportion 0.35^2 to 0.15^2.
+    nearest = [
+        np.array([[first[0], second[0], second[3]], [first[0], bad[0], first[1]], [other[0], first[1], first[2]]]),
+        np.full((2, 3), -1),
+    ]
+    only = np.array([1.0, 0.0, 0.0])
+    for budget in (1, 2, 3):
+        rows = share(order, hierarchy, phi, np.ones(2), only, budget, nearest)[0]
+        assert sorted(rows) == sorted(first[:budget])
+    # Nobody is near to further rows of the leaves: they are spread evenly over what is left.
+    rows = share(order, hierarchy, phi, np.ones(2), only, 8, nearest)[0]
+    assert np.bincount(hierarchy.leaf[rows]).tolist() == [7, 1]
+    assert second[0] in rows
+    rest = hierarchy.rows(0)[:7]
+    assert sorted(rows[hierarchy.leaf[rows] == 0]) == sorted([*first[:3], *rest[[0, 2, 4, 6]]])
+    # A task of which no row is known to be similar takes the rows it always takes.
+    alone = np.array([0.0, 1.0, 0.0])
+    plain = share(order, hierarchy, phi, np.ones(2), alone, 8)[0]
+    assert np.array_equal(share(order, hierarchy, phi, np.ones(2), alone, 8, nearest)[0], plain)
+
+
+@given(st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_in_one_leaf_all_of_whose_rows_are_listed_rows_are_those_of_round_robin(budget: int, seed: int) -> None:
+    hierarchy = hierarchy_of([31, 40], seed)
+    phi = np.array([[0.5], [-0.1]])
+    order = greedy(phi, np.zeros(1), np.ones(1), variant="harp-e")
+    nearest = np.random.default_rng(seed).permuted(np.tile(np.arange(71), (3, 1)), axis=1)
+    expected: list[int] = []
+    while len(expected) < budget:
+        own = nearest[len(expected) % 3]
+        expected.append(next(row for row in own if hierarchy.leaf[row] == 0 and row not in expected))
+    rows = share(order, hierarchy, phi, np.ones(1), np.array([1.0, 0.0]), budget, [nearest])[0]
+    assert sorted(rows) == sorted(expected)
+    at_large = share(order, hierarchy, phi, np.ones(1), np.array([0.0, 1.0]), budget, [nearest])[0]
+    assert np.array_equal(at_large, share(order, hierarchy, phi, np.ones(1), np.array([0.0, 1.0]), budget)[0])
+
+
+@given(problems(), st.integers(1, 60), st.sampled_from(VARIANTS), st.sampled_from([0.0, 0.4, 2.0]), st.integers(0, 9))
+@example((np.array([[0.0, 0.1], [-0.3, 0.3]]), np.array([0.2, 0.0]), np.array([0.3, 0.3])), 2, "harp-c", 0.0, 0)
 @settings(max_examples=150)
-def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str, part) -> None:
+def test_a_shared_budget_is_used_and_never_exceeded(problem, budget: int, variant: str, part, listed: int) -> None:
     phi, null, weights = problem
     hierarchy = hierarchy_of([3 + 2 * g for g in range(len(phi))])
     order = greedy(phi, null, weights, variant=variant)
-    rows, ranks = share(order, hierarchy, phi, weights, np.append(weights, part), budget)
+    random, n_rows = np.random.default_rng(listed), len(hierarchy.leaf)
+    nearest = [random.permuted(np.tile(np.arange(n_rows), (listed % 4, 1)), axis=1)[:, : listed + 1] for _ in weights]
+    rows, ranks = share(order, hierarchy, phi, weights, np.append(weights, part), budget, nearest)
+    plain = share(order, hierarchy, phi, weights, np.append(weights, part), budget)
+    assert np.array_equal(ranks, plain[1]), "similarity tells rows apart, not leaves"
     prefix = cut(order, hierarchy)[0]
     assert len(np.unique(rows)) == len(rows) <= budget
     assert (order.leaves[ranks] == hierarchy.leaf[rows]).all()

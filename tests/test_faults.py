@@ -63,7 +63,7 @@ def select(folder, data, **changes):
 def outcome(folder):
     """Bytes of all that a run computes, but for the seconds it took."""
     files = [folder / "selected.parquet", *(folder / "run").glob("features.npy*")]
-    files += [folder / "run" / name for name in ("hierarchy.npz", "similarity.npz", "manifest.json")]
+    files += [folder / "run" / name for name in ("hierarchy.npz", "nearest.npz", "manifest.json")]
     files += [folder / "run" / "result" / name for name in ("arrays.npz", "result.json")]
     found = {file.name: file.read_bytes() for file in files}
     for file in [folder / "run" / "base.npz", *(folder / "run" / "measurements").glob("*.npz")]:
@@ -281,7 +281,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_files_are_named_and_made_again(case, done, undisturbed, data, made, caplog):
-    files = ["features.npy", "hierarchy.npz", "similarity.npz", "base.npz", "seconds.json", "result/arrays.npz",
+    files = ["features.npy", "hierarchy.npz", "nearest.npz", "base.npz", "seconds.json", "result/arrays.npz",
              "result/result.json", *(f"measurements/{leaf}.npz" for leaf in sorted(finished(done))[:2])]  # fmt: skip
     for name in files:
         path = done / "run" / name

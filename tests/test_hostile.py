@@ -42,7 +42,7 @@ from harp_hf.null_scores import read_null_scores
 from harp_hf.pool import check_pool, content_digest, load_rows, read_contents, training_columns
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
-from harp_hf.similarity import leaf_similarity
+from harp_hf.similarity import leaf_similarity, nearest_rows
 from harp_hf.texts import printable, sentence, without_tokens
 
 TOKEN = "hf_" + "Secret" * 6
@@ -351,7 +351,7 @@ def test_a_proxy_row_without_features_is_near_no_leaf():
     matrix = np.eye(4, dtype=np.float32).repeat(30, axis=0)
     hierarchy = build_hierarchy(matrix, leaf_size=30, branching=2)
     examples = np.array([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], np.float32)
-    similarity = leaf_similarity(matrix, hierarchy, examples, np.array([0, 1, 1]), 2)
+    similarity = leaf_similarity(nearest_rows(matrix, examples), hierarchy, np.array([0, 1, 1]), 2)
     assert similarity[:, 0] == pytest.approx(1), "nothing is known of the task"
     assert similarity[hierarchy.leaf[-1], 1] == similarity[:, 1].max() > 1
     pool = Dataset.from_dict({"text": ["red", "green"]})

@@ -1,5 +1,7 @@
 """From pool to selection with the tiny model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,9 +32,24 @@ def test_similarity_to_the_proxy_rows_guides_design_and_posterior(pool, proxy, c
             similarity=similarity,
         )  # fmt: skip
         assert np.array_equal(result.posterior.mean, found.mean)
-    assert np.array_equal(harp_hf.load_result(tmp_path / "told", pool).similarity, told.similarity)
+    assert np.array_equal(harp_hf.load_result(tmp_path / "told", pool).nearest, told.nearest)
     args = config(output_dir=str(tmp_path / "array"), max_measurements=2, max_steps=2)
     assert harp_hf.measure(pool, proxy, tiny_model, args, features=features).similarity is None
+
+
+def test_a_small_budget_takes_the_rows_that_are_most_similar(pool, proxy, tiny_model, config, features):
+    result = harp_hf.measure(pool, proxy, tiny_model, config(metric="likelihood"), features=features)
+    choice = replace(result.choice, budget=6, active_tasks=("red",))
+    plain = result.chosen(choice)[0]
+    # The rows that red would not take from its leaves, each the most similar one to a proxy row of red.
+    wanted = np.flatnonzero(np.isin(result.hierarchy.leaf, result.hierarchy.leaf[plain]))
+    wanted = np.setdiff1d(wanted, plain)[:8]
+    for task, expected in ((0, wanted), (1, plain)):
+        nearest = np.full((len(result.task), 1), -1)
+        nearest[result.task == task, 0] = wanted
+        rows = replace(result, nearest=nearest).chosen(choice)[0]
+        assert np.array_equal(result.hierarchy.leaf[rows], result.hierarchy.leaf[plain])
+        assert set(rows) <= set(expected)
 
 
 def test_all_processes_must_see_the_run_directory(pool, proxy, features, tiny_model, config, monkeypatch):

@@ -29,12 +29,13 @@ SELECTORS: dict[str, tuple[str, str]] = {
     "exhaustive": ("ablations", "Exhaustive"),
     "top-phi": ("ablations", "TopPhi"),
     "measured-only": ("ablations", "MeasuredOnly"),
+    "even-rows": ("ablations", "EvenRows"),
     "datamodels": ("datamodels", "Datamodels"),
     "shapley": ("shapley", "Shapley"),
 }
 
 # Those that start from HARP's own measurements.
-MEASURED = ("exhaustive", "top-phi", "measured-only")
+MEASURED = ("exhaustive", "top-phi", "measured-only", "even-rows")
 
 __all__ = ["MEASURED", "SELECTORS", "Cost", "Problem", "Ranking", "Selector", "selector"]
 

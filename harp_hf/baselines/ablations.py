@@ -1,4 +1,4 @@
-"""HARP with one of its parts taken away: what inference, the envelope and the posterior are each worth."""
+"""HARP with one of its parts taken away: what inference, envelope, posterior and similarity are each worth."""
 
 from __future__ import annotations
 
@@ -99,6 +99,17 @@ class MeasuredOnly:
         others = np.setdiff1d(np.arange(len(problem)), ranking.rows)
         shuffled = np.random.default_rng(problem.seed).permutation(others)
         return replace(ranking, rows=np.concatenate([ranking.rows, shuffled]).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class EvenRows:
+    """HARP's leaves, each giving rows spread evenly: HARP without similarity inside a leaf."""
+
+    def rank(self, problem: Problem, budget: int | None = None) -> Ranking:
+        """See [`Selector.rank`]; needs `result`. Stops at the best prefix."""
+        problem.wanted(budget)
+        result: HarpResult = problem.need("result", "even-rows")
+        return _ranking(replace(result, nearest=None), result.order(), result.posterior, budget)
 
 
 def spent(measured: Measurements) -> Cost:

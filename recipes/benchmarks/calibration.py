@@ -112,8 +112,8 @@ class Truth:
         if len(leaves) < 4:
             raise DataError(f"Only {len(leaves)} leaves are measured in {run.path}: use --measure first.")
         measured = Measurements.read(run, leaves, [args.seed], run.read_arrays("base.npz"))
-        similarity = run.read_arrays("similarity.npz")["similarity"] if run.file("similarity.npz").exists() else None
-        whole = _conclude(given, args, hierarchy, measured, similarity)
+        nearest = run.read_arrays("nearest.npz")["nearest"] if run.file("nearest.npz").exists() else None
+        whole = _conclude(given, args, hierarchy, measured, nearest)
         effects, variances = measured.effects(given.proxy.task, len(given.proxy.tasks))
         return cls(given, args, whole, measured.leaves, effects, variances)
 
@@ -135,7 +135,7 @@ class Truth:
         some = replace(measured, leaves=measured.leaves[places], scores=measured.scores[places])
         args = copy(self.args)
         args.prior, similar = PRIORS[prior]
-        return _conclude(self.given, args, self.hierarchy, some, self.whole.similarity if similar else None)
+        return _conclude(self.given, args, self.hierarchy, some, self.whole.nearest if similar else None)
 
     def design(self, size: int, prior: str) -> np.ndarray | None:
         """(size,) places, among the measured leaves, of those that HARP would measure; None where one is missing."""
@@ -149,10 +149,10 @@ class Truth:
 
 
 def _conclude(
-    given: Inputs, args: HarpConfig, hierarchy: Hierarchy, measured: Measurements, similarity: np.ndarray | None
+    given: Inputs, args: HarpConfig, hierarchy: Hierarchy, measured: Measurements, nearest: np.ndarray | None
 ) -> HarpResult:
     return conclude(given.pool, given.proxy, hierarchy, measured, args, describe_metrics(given.metrics),
-                    given.digest, {}, similarity=similarity)  # fmt: skip
+                    given.digest, {}, nearest=nearest)  # fmt: skip
 
 
 def analyse(truth: Truth, sizes: list[int], designs: int, budget: int | None, seed: int) -> list[dict[str, Any]]:

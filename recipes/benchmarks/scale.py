@@ -32,7 +32,7 @@ from harp_hf.design import choose_leaves
 from harp_hf.envelopes import VARIANTS, greedy
 from harp_hf.hierarchy import build_hierarchy
 from harp_hf.posterior import infer
-from harp_hf.similarity import leaf_similarity
+from harp_hf.similarity import leaf_similarity, nearest_rows
 
 DIMENSIONS = 384
 REGIONS, TOPICS = 200, 10_000
@@ -162,7 +162,8 @@ def _harp(features: np.ndarray, asked: argparse.Namespace) -> tuple[np.ndarray, 
     hierarchy = timed("hierarchy", lambda: build_hierarchy(features, leaf_size=asked.leaf_size, seed=asked.seed))
     random = np.random.default_rng(asked.seed)
     task, proxy = _proxy(features, asked.tasks, random)
-    similarity = timed("similarity", lambda: leaf_similarity(features, hierarchy, proxy, task, asked.tasks))
+    nearest = timed("similarity", lambda: nearest_rows(features, proxy))
+    similarity = leaf_similarity(nearest, hierarchy, task, asked.tasks)
     leaves = timed("design", lambda: choose_leaves(hierarchy, asked.measured, similarity))
     # Effects made up: a part smooth in feature space, a part by similarity, a part of the leaf's own, and noise.
     directions = random.standard_normal((features.shape[1], asked.tasks))
