@@ -220,9 +220,7 @@ class HarpConfig(SFTConfig):
     prior: Prior = field(default="smooth", metadata={"help": "Prior of the effects of unmeasured leaves."})
     similarity: bool = field(
         default=True,
-        metadata={
-            "help": "Whether similarity to the proxy rows guides the prior, as far as it can be believed, and the choice of rows."
-        },
+        metadata={"help": "Whether similarity to the proxy rows guides the prior, as far as believed, and the rows."},
     )
     active_tasks: list[str] = field(
         default_factory=lambda: ["auto"], metadata={"help": "'auto', 'all', or names of tasks."}
