@@ -183,16 +183,16 @@ def test_summary_compares_over_the_seeds_that_both_have(tmp_path, proxy):
         ("rows", "harp-c", 5, 0, np.ones(16)), ("rows", "harp-c", 5, 1, half), ("rows", "rds", 5, 1, np.ones(16)),
         ("compute", "rds", 5, 0, half), ("rows", "rds", 5, 2, np.zeros(16)), ("rows", "rds", 9, 0, half),
     ):  # fmt: skip
-        pools[0].add({"comparison": comparison, "selector": selector, "rows": rows, "seed": seed,
+        pools[0].add({"comparison": comparison, "selector": selector, "rows": rows, "seed": seed, "used": min(rows, 7),
                       "scores": {"exact_match": right, "auto": np.ones(16)}})  # fmt: skip
     pools[1].add({"comparison": "compute", "selector": "rds", "rows": 5, "seed": 0, "scores": {}})
-    pools[1].add({"comparison": "rows", "selector": "harp-c", "rows": 5, "seed": 0, "scores": {
+    pools[1].add({"comparison": "rows", "selector": "harp-c", "rows": 5, "seed": 0, "used": 5, "scores": {
         "exact_match": half, "auto": half}})  # fmt: skip
     read = [tables.Results.read(pool.path) for pool in pools]
     lines = summary.summary(read).splitlines()
     assert [line for line in lines if line.startswith(("| 5 |", "| 9 |"))][:4] == [
         "| 5 | rds | 100.0 (50.0), 2 |  |", "| 5 | harp-c | 100.0 (75.0), 2 | 50.0 (50.0) |",
-        "| 5 | rds, at HARP's compute | 100.0 (50.0) |  |", "| 9 | rds | 100.0 (50.0) |  |",
+        "| 5 | rds, at HARP's compute | 100.0 (50.0) |  |", "| 9 | rds | 100.0 (50.0), 7 rows |  |",
     ]  # fmt: skip
     ahead = [line for line in lines[lines.index("| rows | harp-c against | x | y |") + 2 :] if line.startswith("|")]
     assert len(ahead) == 2, "HARP has no result with 9 rows"

@@ -1,4 +1,4 @@
-"""Results of `quality.py` on several pools beside each other: the tables of the README.
+"""Results of `quality.py` on several pools beside each other: the tables of the READMEs.
 
 python recipes/benchmarks/quality_summary.py recipes/benchmarks/results/quality_pool_*.json
 """
@@ -42,7 +42,7 @@ def summary(pools: list[Results]) -> str:
 
 _NOTE = """\
 Mean test score of tasks in %, by choice where a task has choices, in brackets by exact match alone; behind the comma
-over how many seeds, where more than one. Below: points that HARP is ahead with as many rows, with half a 95 %
+over how many seeds, where more than one, and on how many rows, where it stopped before it had all. Below: points that HARP is ahead with as many rows, with half a 95 %
 interval, over the seeds that both have."""
 
 
@@ -57,13 +57,15 @@ def _table(pools: list[Results], first: str, keys: list[Key], cell: Callable[[Re
 
 
 def _scores(pool: Results, key: Key) -> str:
-    """Mean score by both metrics, and over how many seeds."""
+    """Mean score by both metrics, over how many seeds, and the rows used where they are fewer than allowed."""
     found = _by_seed(pool, key)
     if not found:
         return ""
     choice, exact = (np.mean([r["scores"][m]["mean"] for r in found.values()]) for m in ("auto", "exact_match"))
     seeds = f", {len(found)}" if key[1] and len(found) > 1 else ""
-    return f"{100 * choice:.1f} ({100 * exact:.1f}){seeds}"
+    used = np.mean([r["used"] for r in found.values()])
+    stopped = f", {used:.0f} rows" if key[0] == "rows" and used < key[1] else ""
+    return f"{100 * choice:.1f} ({100 * exact:.1f}){seeds}{stopped}"
 
 
 def _ahead(pool: Results, key: Key) -> str:
