@@ -83,7 +83,8 @@ def test_the_tables_of_quality_are_those_of_the_results(monkeypatch):
     pools = [tables.Results.read(path) for path in sorted(folder.glob("results/quality_pool_*.json"))]
     scores, ahead, _ = summary.summary(pools).split("\n\n")
     told = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"\n\n{scores}\n\n" in told and f"\n\n{ahead}\n\n" in told
+    assert f"\n\n{scores}\n\n" in told
+    assert f"\n\n{ahead}\n\n" in told
     head, _, *lines = scores.splitlines()
     shown = README[README.index(head) :].split("\n\n")[0].splitlines()[2:]
     assert shown == [line for line in lines if line in shown], "README has some of the lines, in their order"

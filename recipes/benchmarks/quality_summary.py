@@ -42,8 +42,8 @@ def summary(pools: list[Results]) -> str:
 
 _NOTE = """\
 Mean test score of tasks in %, by choice where a task has choices, in brackets by exact match alone; behind the comma
-over how many seeds, where more than one, and on how many rows, where it stopped before it had all. Below: points that HARP is ahead with as many rows, with half a 95 %
-interval, over the seeds that both have."""
+over how many seeds, where more than one, and on how many rows, where a selector stopped before it had all. Below:
+points that HARP is ahead where both may take as many, with half a 95 % interval, over the seeds that both have."""
 
 
 def _table(pools: list[Results], first: str, keys: list[Key], cell: Callable[[Results, Key], str]) -> str:
