@@ -9,10 +9,12 @@ import torch
 from conftest import ANSWERS, make_rows
 from datasets import Dataset
 from peft import PeftModel
+from tokenizers import processors
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from harp_hf import HarpConfig
 from harp_hf.errors import DataError
-from harp_hf.evaluation.scoring import last_number, resolve_metrics, score_text
+from harp_hf.evaluation.scoring import identify_metrics, last_number, resolve_metrics, score_text
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner, default_peft_config, load_model, load_tokenizer
 from harp_hf.proxy import load_proxy
@@ -293,17 +295,79 @@ def test_generation_stops_at_the_end_of_the_turn(model, tokenizer, adapters):
     )
 
 
-def test_an_answer_ends_where_the_chat_template_ends_a_turn(model, tiny_model, adapters):
-    """As Gemma does it: a turn ends with a token that is not the tokenizer's eos but one of the model's."""
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(model, tiny_model, adapters, known, monkeypatch):
+    """A turn ends with a token that is not the tokenizer's eos: one of the model's, as Gemma's, or not even that, as
+    in many a base model."""
     tokenizer = load_tokenizer(tiny_model, HarpConfig(use_cpu=True))
     tokenizer.eos_token = "<unk>"
+    if not known:
+        monkeypatch.setattr(model.generation_config, "eos_token_id", tokenizer.eos_token_id)
     rows = [asked(prompt, answer=LONG[colour]) for colour, prompt in questions(chat=True)]
     scores = evaluator(model, tokenizer, rows, "exact_match").evaluate([adapters["chat"]])[0]
+    texts = []
+
+    def keep(prompts, completions, **columns):
+        texts.extend(completions)
+        return [0.0] * len(completions)
+
+    evaluator(model, tokenizer, rows, keep).evaluate([adapters["chat"]])
     plain = under(model, adapters["chat"])
     original = load_tokenizer(tiny_model, HarpConfig(use_cpu=True))
-    expected = [generated(plain, original, row["prompt"]) == (row["answer"], True) for row in rows]
-    assert scores.tolist() == expected
-    assert any(expected)
+    monkeypatch.undo()
+    expected = [generated(plain, original, row["prompt"]) for row in rows]
+    assert scores.tolist() == [found == (row["answer"], True) for found, row in zip(expected, rows, strict=True)]
+    assert any(scores)
+    assert texts == [text.partition("<unk>")[0].strip() for text, _ in expected], "generation ends there too"
+
+
+def test_the_end_that_a_tokenizer_gives_every_text_is_no_part_of_a_prompt(model, tiny_model, adapters):
+    tokenizer, ending = (load_tokenizer(tiny_model, HarpConfig(use_cpu=True)) for _ in range(2))
+    ending._tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    assert ending("say")["input_ids"][-1] == ending.eos_token_id
+    rows = [asked(prompt, answer=LONG[colour], choices=[*LONG.values()]) for colour, prompt in questions(chat=False)]
+    for metric in ("likelihood", "exact_match", "choice", "contains"):
+        scores = [evaluator(model, t, rows, metric).evaluate([adapters["text"]]).tolist() for t in (tokenizer, ending)]
+        assert scores[0] == scores[1]
+        assert sum(scores[0][0]) > 0
+
+
+def test_generation_is_greedy_whatever_the_model_would_do_by_itself(model, tokenizer, adapters, monkeypatch):
+    rows = [asked(prompt, answer=LONG[colour]) for colour, prompt in questions(chat=False)]
+    expected = evaluator(model, tokenizer, rows, "contains").evaluate([adapters["text"]])
+    for name, value in {"num_beams": 3, "repetition_penalty": 9.0, "do_sample": True, "temperature": 9.0}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert evaluator(model, tokenizer, rows, "contains").evaluate([adapters["text"]]).tolist() == expected.tolist()
+    assert 0 < expected.sum() < len(rows)
+
+
+BASE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1,
+        "bos_token_id": 1, "initializer_range": 0.3}  # fmt: skip
+MODELS = {
+    "all attend to all": ("qwen3", BASE | {"head_dim": 8}, True),
+    "a window wider than the texts": ("mistral", BASE | {"sliding_window": 64}, True),
+    "a narrow window": ("mistral", BASE | {"sliding_window": 6}, False),
+    "convolutions": ("lfm2", BASE | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64,
+                                     "block_auto_adjust_ff_dim": False}, False),
+    "recurrence": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8,
+                              "state_size": 8, "n_groups": 1, "chunk_size": 8}, False),
+    "positions that cannot be told": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_architectures_are_scored_as_by_plain_forwards(tokenizer, case):
+    kind, settings, shares = MODELS[case]
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **settings)).eval()
+    found = [("the " * (i % 3) + prompt, LONG[colour]) for i, (colour, prompt) in enumerate(questions(False, 3))]
+    rows = [asked(prompt, answer=answer) for prompt, answer in found]
+    judge = evaluator(made, tokenizer, rows, "likelihood", batch_size=4)
+    assert judge._shares == shares
+    expected = [np.exp(mean_log_probability(made, tokenizer, prompt, answer, end=True)) for prompt, answer in found]
+    assert judge.evaluate([None])[0] == pytest.approx(np.array(expected), rel=1e-3)
+    assert np.ptp(expected) > 0.05 * max(expected), "they tell a right context from a wrong one"
 
 
 def test_a_callable_is_called_like_a_reward_function_of_trl(model, tokenizer, adapters):
@@ -377,3 +441,23 @@ def test_score_text(metric, text, answers, score):
 def test_a_numeric_answer_without_a_number_is_named():
     with pytest.raises(DataError, match="'seven' holds no number"):
         score_text("numeric", "7", ["7", "seven"])
+
+
+def test_a_function_is_known_by_its_source():
+    def made(source):
+        folder = {}
+        exec(source, folder)
+        return folder["score"]
+
+    def score(completions, **columns):
+        return [1.0] * len(completions)
+
+    first = score
+
+    def score(completions, **columns):
+        return [0.0] * len(completions)
+
+    names = identify_metrics(["choice", first, score, first, made("def score(**columns): return [0.0]")])
+    assert names[0] == "choice"
+    assert names[1] == names[3] != names[2]
+    assert names[4] == "score", "one without a source is known by its name"

@@ -50,6 +50,8 @@ class ProxyRows:
         ends = generation_config.eos_token_id if generation_config else None
         ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
         self.ends: list[int] = list(dict.fromkeys(token for token in ends if token is not None))
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(token for token, of in added if of.special)}
         self.prompts: list[list[int]] = []
         self.candidates: list[list[list[int]]] = []
         for row, metric in enumerate(self.metrics):
@@ -112,7 +114,7 @@ class ProxyRows:
         texts = self.proxy.choices[row] if metric in CHOICE else self.proxy.answers[row]
         ends = metric not in CHOICE
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
+            ids = self._open(prompt)
             return ids, [self._continue(prompt, ids, text, ends) for text in texts]
         if not self._tokenizer.chat_template:
             raise DataError(
@@ -120,16 +122,19 @@ class ProxyRows:
                 "has one."
             )
         rendered = self._render(row, prompt, add_generation_prompt=True)
-        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = self._plain(rendered)
         return ids, [self._answer(row, rendered, text, ends) for text in texts]
 
     def _continue(self, prompt: str, ids: list[int], text: str, ends: bool) -> list[int]:
-        whole = self._tokenizer(prompt + text)["input_ids"]
-        if self._tokenizer.eos_token_id is not None and whole[-1] == self._tokenizer.eos_token_id:
-            whole = whole[:-1]  # some tokenizers end every text
+        whole = self._open(prompt + text)
         tokens = whole[len(ids) :] if whole[: len(ids)] == ids else []
-        tokens = tokens or self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = tokens or self._plain(text)
         return tokens + self._end(ends)
+
+    def _open(self, text: str) -> list[int]:
+        """Tokens of a text that goes on: without the end that some tokenizers give every text."""
+        ids, eos = self._tokenizer(text)["input_ids"], self._tokenizer.eos_token
+        return ids[:-1] if ids[-1:] == [self._tokenizer.eos_token_id] and not text.endswith(eos) else ids
 
     def _render(self, row: int, messages: list[dict[str, Any]], **settings: bool) -> str:
         try:
@@ -144,11 +149,29 @@ class ProxyRows:
         """The assistant's turn as the chat template writes it, up to and with the token that ends it."""
         whole = self._render(row, [*self.proxy.prompts[row], {"role": "assistant", "content": text}])
         if whole.startswith(rendered):
-            turn = self._tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"]
+            turn = self._plain(whole[len(rendered) :])
             end = next((place for place, token in enumerate(turn) if token in self.ends), None)
+            if end is None:
+                end = self._end_of_turn(whole[len(rendered) :], turn, text)
             if end:
                 return turn[: end + 1 if ends else end]
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"] + self._end(ends)
+        return self._plain(text) + self._end(ends)
+
+    def _end_of_turn(self, written: str, turn: list[int], text: str) -> int | None:
+        """Place of the special token that a chat template writes after the answer, where no end is known of.
+
+        Base models have templates whose turns end with another token than their texts. It ends answers from then on.
+        """
+        answered, text, _ = written.partition(text.strip())
+        before = sum(token in self._special for token in self._plain(answered + text))
+        after = [place for place, token in enumerate(turn) if token in self._special][before:]
+        if not text or not after:
+            return None
+        self.ends.append(turn[after[0]])
+        return after[0]
+
+    def _plain(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _end(self, ends: bool) -> list[int]:
         return [self._tokenizer.eos_token_id] if ends and self._tokenizer.eos_token_id is not None else []

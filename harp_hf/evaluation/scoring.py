@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +75,21 @@ def _check_numbers(proxy: ProxySet, d: int) -> None:
 def describe_metrics(metrics: Sequence[Metric]) -> list[str]:
     """Names of the metrics; a callable goes by its qualified name."""
     return [m if isinstance(m, str) else getattr(m, "__qualname__", type(m).__name__) for m in metrics]
+
+
+def identify_metrics(metrics: Sequence[Metric]) -> list[str]:
+    """Names of the metrics; with that of a function a digest of its source, where there is one."""
+    return [
+        name if isinstance(metric, str) else f"{name} {_source_digest(metric)}".strip()
+        for name, metric in zip(describe_metrics(metrics), metrics, strict=True)
+    ]
+
+
+def _source_digest(function: Callable[..., Any]) -> str:
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:8]
+    except (OSError, TypeError):
+        return ""
 
 
 def score_text(metric: str, text: str, answers: Sequence[str]) -> float:

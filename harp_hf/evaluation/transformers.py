@@ -1,8 +1,12 @@
-"""Evaluation with transformers: likelihoods by one pass over the prompt and one over its answers, or generation."""
+"""Evaluation with transformers: likelihoods by one pass over the prompt and one over its answers, or generation.
+
+Where not all layers of a model attend to all tokens, likelihoods take one pass over the prompt with each answer.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..faults import unchanged
 from ..proxy import ProxySet
@@ -50,11 +55,13 @@ class TransformersEvaluator:
         self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
         self._rows.check_lengths(model.config)
         self._prompts, self._candidates = self._rows.prompts, self._rows.candidates
-        # What all prompts begin with, such as a system prompt, is read once an adapter. The last token stays with its
-        # prompt, so that no prompt is empty.
-        self._shared = common_prefix([p[:-1] for p in self._prompts])
         # A tensor, as after a slice (`logits_to_keep=1`) torch may copy the vocabulary's weights for every prompt.
         self._last = torch.tensor([-1], device=model.device)
+        longest = max(map(len, self._prompts)) + max(len(c) for candidates in self._candidates for c in candidates)
+        self._shares = _shares_caches(model, longest)
+        # What all prompts begin with, such as a system prompt, is read once an adapter. The last token stays with its
+        # prompt, so that no prompt is empty.
+        self._shared = common_prefix([p[:-1] for p in self._prompts]) if self._shares else []
 
     def evaluate(self, adapters: Sequence[Path | None]) -> np.ndarray:
         """Scores of each adapter (`None` is the base model): (len(adapters), n_proxy), each in [0, 1]."""
@@ -67,7 +74,10 @@ class TransformersEvaluator:
         with quiet(), _adapted(self.model, adapter) as model, torch.inference_mode():
             shared = None if generating.all() else self._read_shared(model)
             for rows in self._batches(np.flatnonzero(~generating)):
-                scores[rows] = self._score(model, rows, copy.deepcopy(shared))
+                if self._shares:
+                    scores[rows] = self._score(model, rows, copy.deepcopy(shared))
+                else:
+                    scores[rows] = self._score_whole(model, rows)
             for rows in self._batches(np.flatnonzero(generating)):
                 texts.update(zip(rows, self._generate(model, rows), strict=True))
         for row, score in self._rows.score_texts(texts).items():
@@ -129,6 +139,30 @@ class TransformersEvaluator:
         greedy = ((logits.argmax(2) == targets) | ~inside).all(1)
         return self._judge(rows, mean.cpu().numpy(), greedy.cpu().numpy())
 
+    def _score_whole(self, model: PreTrainedModel, rows: list[int]) -> list[float]:
+        """One pass over each prompt with each of its answers, padded at the end, which no causal layer sees."""
+        flat = [(self._prompts[i], candidate) for i in rows for candidate in self._candidates[i]]
+        mean, greedy = [], []
+        for start in range(0, len(flat), self.batch_size):
+            some = flat[start : start + self.batch_size]
+            texts = [torch.tensor(prompt + candidate) for prompt, candidate in some]
+            ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad)
+            lengths = torch.tensor([len(text) for text in texts])
+            first = min(len(prompt) for prompt, _ in some) - 1
+            logits = model(
+                ids.to(self.model.device),
+                attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long().to(self.model.device),
+                use_cache=False,
+                logits_to_keep=torch.arange(first, ids.shape[1] - 1, device=self.model.device),
+            ).logits.float()
+            for (prompt, candidate), found in zip(some, logits, strict=True):
+                own = found[len(prompt) - 1 - first :][: len(candidate)]
+                target = torch.tensor(candidate, device=own.device)
+                mean.append(float((own.gather(1, target[:, None])[:, 0] - own.logsumexp(1)).mean()))
+                greedy.append(bool((own.argmax(1) == target).all()))
+            self.tokens += int(lengths.sum()) - len(some)
+        return self._judge(rows, np.array(mean), np.array(greedy))
+
     def _judge(self, rows: list[int], mean: np.ndarray, greedy: np.ndarray) -> list[float]:
         scores, start = [], 0
         for i in rows:
@@ -143,6 +177,8 @@ class TransformersEvaluator:
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self._pad,
             eos_token_id=self._rows.ends or None,
@@ -162,6 +198,23 @@ def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
     first, last = min(sequences), max(sequences)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:length]
+
+
+def _shares_caches(model: PreTrainedModel, longest: int) -> bool:
+    """Whether the cache of a prompt, wherever it lies in a padded batch, serves all its answers.
+
+    So it does where all layers attend to all of at most `longest` tokens and take their positions as told: not with
+    recurrent layers or convolutions, and not with a window shorter than the texts.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    with quiet(), torch.inference_mode():
+        cache = model(torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(
+        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest)
+        for layer in layers
+    )
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
