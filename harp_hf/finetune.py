@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -56,6 +57,27 @@ def default_peft_config() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+# Initialisations that leave the weights of the base model as they are.
+_HARMLESS = (True, False, "gaussian", "orthogonal")
+
+
+def check_adapter(peft_config: PeftConfig) -> None:
+    """Raise [`ConfigError`] unless such an adapter leaves the base model, which all leaves share, as it was."""
+    if peft_config.is_prompt_learning:
+        raise ConfigError(f"`peft_config` is a {type(peft_config).__name__}, but leaves need an adapter such as LoRA.")
+    if getattr(peft_config, "bias", "none") != "none":
+        raise ConfigError(
+            f"An adapter with bias={peft_config.bias!r} trains biases of the base model, which all leaves share: use "
+            "'none', or `lora_bias`."
+        )
+    start = getattr(peft_config, "init_lora_weights", True)
+    if start not in _HARMLESS:
+        raise ConfigError(
+            f"An adapter with init_lora_weights={start!r} changes weights of the base model, which all leaves share: "
+            "use True, 'gaussian' or 'orthogonal'."
+        )
+
+
 def load_tokenizer(model: str | PreTrainedModel, args: HarpConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `model`.
 
@@ -97,7 +119,8 @@ def load_model(model: str | PreTrainedModel, args: HarpConfig) -> PreTrainedMode
         ConfigError: It cannot be loaded.
     """
     if not isinstance(model, str):
-        return model
+        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+        return model if placed else model.to(args.device)
     kwargs = _model_kwargs(args)
     # Also where the trainers shard the model, this one is whole.
     zero = args.deepspeed_plugin
@@ -106,6 +129,22 @@ def load_model(model: str | PreTrainedModel, args: HarpConfig) -> PreTrainedMode
             model, trust_remote_code=args.trust_remote_code, **kwargs
         ))  # fmt: skip
     return loaded if kwargs.get("quantization_config") or kwargs.get("device_map") else loaded.to(args.device)
+
+
+@contextmanager
+def lent(model: str | PreTrainedModel) -> Iterator[None]:
+    """Freeze a model that was passed as an object; give it back in its mode, with the weights trainable that were."""
+    if isinstance(model, str):
+        yield
+        return
+    trainable, training = [weight for weight in model.parameters() if weight.requires_grad], model.training
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+        model.train(training)
 
 
 def _model_kwargs(args: HarpConfig) -> dict[str, Any]:
@@ -128,6 +167,16 @@ def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
             return load()
     except Exception as error:  # transformers, tokenizers, safetensors and the Hub each raise their own
         raise ConfigError(f"The {what} {name!r} cannot be loaded: {reason(error)}.") from error
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What identifies a tokenizer in a manifest: a digest of how it makes tokens, and of its ends."""
+    made: Any = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        made = json.loads(tokenizer.backend_tokenizer.to_str())
+        made |= {"padding": None, "truncation": None}  # which any call may set
+    described = json.dumps([made, tokenizer.bos_token_id, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def describe_model(model: str | PreTrainedModel) -> str:
@@ -164,7 +213,8 @@ class LeafTrainer(SFTTrainer):
         logits = model(**rest, use_cache=False, logits_to_keep=columns).logits.float()
         targets = labels[:, columns]
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum()
+        return total / max(count, 1)
 
 
 class LeafFinetuner:
@@ -204,15 +254,14 @@ class LeafFinetuner:
         read = pool.with_format(None).select_columns(training_columns(pool, self.args.dataset_text_field))
         numbered = read.add_column("harp_row", np.arange(len(pool)))
         args = self._leaf_args(self.args.seed)
+        if args.packing and args.packing_strategy != "bfd":  # these cut a long row into several, and lose nothing
+            args.max_length = None
         args.packing, args.padding_free, args.report_to = False, False, []
         try:
-            with quiet(), self._restored():
-                trainer = SFTTrainer(
-                    model=self.model, args=args, train_dataset=numbered, processing_class=self.processing_class
-                )
+            with quiet(), self._trainer(args, numbered) as trainer:
+                tokenised = trainer.train_dataset
         except Exception as error:  # TRL, datasets, tokenizers and chat templates each raise their own
             raise DataError(f"TRL cannot tokenise the pool: {reason(error)}.") from error
-        tokenised = trainer.train_dataset
         if len(tokenised) == 0:
             raise DataError(
                 f"No row of the pool has anything left to learn from after truncation to max_length={args.max_length}."
@@ -236,33 +285,28 @@ class LeafFinetuner:
     def _finetune(self, rows: np.ndarray, seed: int, adapter: Path) -> Finetune:
         args = self._leaf_args(seed)
         args.run_name = run_name(args, adapter.name)
+        args.assistant_only_loss = False  # the labels have it already
         if args.padding_free:  # the pool is truncated already, and no token of a batch is padding
             args.max_length, args.include_num_input_tokens_seen = None, "all"
         kept = np.flatnonzero(np.isin(self._row, rows))
         if len(kept) == 0:
             raise FinetuneError(f"all {len(rows)} rows were lost to truncation to max_length={args.max_length}")
         room = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if 0 < room < len(kept):
-            kept = np.sort(np.random.default_rng([seed, int(rows.min())]).choice(kept, room, replace=False))
-        with quiet(), self._restored():
-            trainer = LeafTrainer(
-                model=self.model,
-                args=args,
-                train_dataset=self.tokenised.select(kept).remove_columns("harp_row"),
-                processing_class=self.processing_class,
-                peft_config=copy.deepcopy(self.peft_config),
-            )
+        random = np.random.default_rng([seed, int(rows.min())])
+        if args.packing and room > 0:
+            drawn = random.permutation(kept)
+            lengths = np.array([len(ids) for ids in self.tokenised.select(drawn)["input_ids"][:]])
+            kept = np.sort(drawn[np.cumsum(lengths) <= max(room * args.max_length, lengths[0])])
+        elif 0 < room < len(kept):
+            kept = np.sort(random.choice(kept, room, replace=False))
+        with quiet(), self._trainer(args, self.tokenised.select(kept).remove_columns("harp_row")) as trainer:
+            if args.dataloader_drop_last and len(trainer.train_dataset) < args.train_batch_size * args.world_size:
+                raise FinetuneError(f"{len(kept)} rows are too few for a batch, and `dataloader_drop_last` is set")
             trainer.remove_callback(PrinterCallback)
-            try:
-                with own_run(trainer):
-                    loss = mean(trainer.train().training_loss)
-                if math.isfinite(loss):
-                    trainer.save_model(str(adapter))
-            finally:
-                if isinstance(self.model, str):
-                    trainer.accelerator.free_memory()
-                else:
-                    trainer.model.unload()
+            with own_run(trainer):
+                loss = mean(trainer.train().training_loss)
+            if math.isfinite(loss):
+                trainer.save_model(str(adapter))
         if not math.isfinite(loss):
             raise FinetuneError("the training loss is not a finite number")
         state = trainer.state
@@ -271,7 +315,7 @@ class LeafFinetuner:
     def _leaf_args(self, seed: int) -> HarpConfig:
         args = copy.copy(self.args)
         args.seed = seed
-        args.eval_strategy = type(args.eval_strategy)("no")
+        args.eval_strategy, args.eval_on_start = type(args.eval_strategy)("no"), False
         args.push_to_hub = False
         args.model_init_kwargs = _model_kwargs(self.args) if isinstance(self.model, str) else None
         args.logging_nan_inf_filter = False
@@ -281,12 +325,31 @@ class LeafFinetuner:
         return args
 
     @contextmanager
+    def _trainer(self, args: HarpConfig, rows: Dataset) -> Iterator[LeafTrainer]:
+        """A trainer with a fresh adapter, which is taken off the base model again."""
+        with self._restored():
+            trainer = LeafTrainer(
+                model=self.model, args=args, train_dataset=rows, processing_class=self.processing_class,
+                peft_config=copy.deepcopy(self.peft_config),
+            )  # fmt: skip
+            try:
+                yield trainer
+            finally:
+                if isinstance(self.model, str):
+                    trainer.accelerator.free_memory()
+                else:
+                    trainer.model.unload()
+
+    @contextmanager
     def _restored(self) -> Iterator[None]:
-        """Undo what a trainer leaves on the base model: its own `forward`, the training mode and the PEFT marks."""
+        """Undo what a trainer leaves on the base model: its own `forward`, modes, hooks and the PEFT marks."""
         if isinstance(self.model, str):
             yield
             return
         before = self.model.__dict__.get("forward")
+        modules = list(self.model.modules())
+        checkpointing = {m: m.gradient_checkpointing for m in modules if hasattr(m, "gradient_checkpointing")}
+        hooks = {module: set(module._forward_hooks) for module in modules}
         try:
             with unchanged(self.model):
                 yield
@@ -296,6 +359,11 @@ class LeafFinetuner:
                 self.model.forward = before
             for mark in ("peft_config", "_hf_peft_config_loaded"):
                 self.model.__dict__.pop(mark, None)
+            for module, on in checkpointing.items():
+                module.gradient_checkpointing = on
+            for module, known in hooks.items():
+                for hook in module._forward_hooks.keys() - known:
+                    del module._forward_hooks[hook]
             self.model.requires_grad_(False)
             self.model.eval()
 

@@ -16,9 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import HarpConfig
 from .errors import ConfigError, DataError
-from .evaluation.scoring import Metric, describe_metrics, resolve_metrics
+from .evaluation.scoring import Metric, identify_metrics, resolve_metrics
 from .features import describe_features
-from .finetune import default_peft_config, describe_model, describe_peft, load_tokenizer, prepare_tokenizer
+from .finetune import (
+    check_adapter,
+    default_peft_config,
+    describe_model,
+    describe_peft,
+    describe_tokenizer,
+    load_tokenizer,
+    prepare_tokenizer,
+)
 from .manifest import describe_settings, describe_versions
 from .mixture import load_pool, read_labels
 from .null_scores import read_null_scores
@@ -65,9 +73,14 @@ class Inputs:
         return {
             "pool": self.digest,
             "proxy": self.proxy.digest,
-            "model": [describe_model(self.model), describe_peft(self.peft_config), self.tokenizer.chat_template],
+            "model": [
+                describe_model(self.model),
+                describe_peft(self.peft_config),
+                self.tokenizer.chat_template,
+                describe_tokenizer(self.tokenizer),
+            ],
             "features": describe_features(self.features),
-            "settings": describe_settings(args, describe_metrics(self.metrics), self.null_scores),
+            "settings": describe_settings(args, identify_metrics(self.metrics), self.null_scores),
             "versions": describe_versions(),
         }
 
@@ -144,6 +157,8 @@ def _check_objects(model: Any, peft_config: Any, processing_class: Any) -> None:
         if value is not None and not isinstance(value, kinds):
             wanted = " or a ".join(kind.__name__ for kind in kinds)
             raise ConfigError(f"`{name}` must be a {wanted}, not {type(value).__name__}.")
+    if peft_config is not None:
+        check_adapter(peft_config)
 
 
 def _check_chat_template(pool: Dataset, proxy: ProxySet, tokenizer: PreTrainedTokenizerBase) -> None:

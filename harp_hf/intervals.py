@@ -12,7 +12,8 @@ def mean_intervals(scores: np.ndarray, task: np.ndarray, level: float = 0.95) ->
     Seeds and rows are crossed random effects (Searle, Casella and McCulloch, 1992): with R seeds and n rows of one
     task, the variance of the mean is that of the seeds' means over R, plus that of the rows' means over n, minus the
     mean square of the rest over R n, which both of them hold. The interval is Student's, with Satterthwaite's degrees
-    of freedom. Rows are drawn within tasks. With one seed, only the rows count.
+    of freedom. Rows are drawn within tasks. With one seed, only the rows count. One row says nothing of how rows vary:
+    a task that has no more has no interval, nor has then the mean over tasks.
 
     For a difference of two selections pass the difference of their scores: the same rows and seeds make it paired.
 
@@ -22,7 +23,8 @@ def mean_intervals(scores: np.ndarray, task: np.ndarray, level: float = 0.95) ->
         level: Share of intervals that hold the truth, in (0, 1).
 
     Returns:
-        `np.ndarray`: (D + 1, 3) mean, lower and upper end for each task and, last, for the mean over tasks.
+        `np.ndarray`: (D + 1, 3) mean, lower and upper end for each task and, last, for the mean over tasks; ends are
+        NaN where they are not known.
     """
     n_seeds, n_tasks = len(scores), int(task.max()) + 1
     means = np.stack([scores[:, task == d].mean(axis=1) for d in range(n_tasks)])
@@ -36,7 +38,7 @@ def _row_variances(scores: np.ndarray) -> tuple[float, float, int]:
     """Variance that the rows give the mean, the share of it that is not theirs alone, and degrees of freedom."""
     n_seeds, n_rows = scores.shape
     by_row = scores.mean(axis=0)
-    rows = by_row.var(ddof=1) / n_rows if n_rows > 1 else 0.0
+    rows = by_row.var(ddof=1) / n_rows if n_rows > 1 else np.nan
     rest = 0.0
     if n_seeds > 1 and n_rows > 1:
         around = scores - by_row - scores.mean(axis=1, keepdims=True) + scores.mean()
@@ -50,6 +52,8 @@ def _interval(
     mean = float(by_seed.mean())
     seeds = float(by_seed.var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
     rows = sum(part[0] for part in parts)
+    if np.isnan(rows):
+        return mean, np.nan, np.nan
     variance = max(seeds + rows - sum(part[1] for part in parts), seeds, rows)
     if variance == 0:
         return mean, mean, mean

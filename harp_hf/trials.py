@@ -23,6 +23,7 @@ from .finetune import (
     default_peft_config,
     describe_model,
     describe_peft,
+    lent,
     load_model,
     load_tokenizer,
     prepare_tokenizer,
@@ -88,7 +89,7 @@ class Trials:
         *,
         metrics: Sequence[Metric | Mapping[str, Metric]] = ("auto",),
     ) -> None:
-        self._run, self._n_rows, self._n_test = run, len(pool), len(test)
+        self._run, self._model, self._n_rows, self._n_test = run, model, len(pool), len(test)
         self._metrics = [resolve_metrics(metric, test) for metric in metrics]
         self.metrics = [describe_metrics(metric) for metric in self._metrics]
         # For every metric, the first one that scores the task of each test row alike; only its scores are made.
@@ -128,7 +129,7 @@ class Trials:
         same = [path for path in same if self._run.holds(f"verify/{path.name}")]
         file = f"verify/{same[0].name}" if same else f"verify/{name}-{digest}.npz"
         if not same:
-            with temporary_folder() as folder:
+            with temporary_folder() as folder, lent(self._model):
                 trial = self._make(rows, seed, epochs, name, Path(folder))
             self._run.write_arrays(file, rows=rows, **asdict(trial))
             honour()

@@ -19,7 +19,7 @@ from rich.table import Table
 from .config import HarpConfig, check_whole
 from .errors import ConfigError, DataError, HarpError
 from .evaluation.scoring import Metric
-from .finetune import describe_model, load_tokenizer
+from .finetune import describe_model, describe_tokenizer, load_tokenizer, prepare_tokenizer
 from .intervals import mean_intervals
 from .pool import read_contents
 from .proxy import ProxySet, load_proxy
@@ -124,7 +124,7 @@ class Proof:
             table.add_column("difference", justify="right")
             table.add_column("95 % interval", justify="right")
             for d, (mean, low, high) in enumerate(self.difference(other)):
-                interval = f"{low:+.3f} to {high:+.3f}"
+                interval = f"{low:+.3f} to {high:+.3f}" if np.isfinite(low) else "not known"
                 table.add_row(tasks[d], f"{mean:+.3f}", interval, end_section=d == len(tasks) - 2)
             console.print(table)
         seeds = len(self.scores[self.selection])
@@ -153,6 +153,7 @@ def verify_run(
     metric: Metric | dict[str, Metric] = "auto",
     model: str | PreTrainedModel | None = None,
     dataset: Any = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Proof:
     """Finetune on a finished run's selection and on as many random rows, and score both on test rows.
 
@@ -169,6 +170,7 @@ def verify_run(
         metric: As in [`measure`].
         model: The base model, where the run had it as an object.
         dataset: The pool, where the run had it as an object.
+        processing_class: The tokenizer, where the run had one that is not the model's own.
 
     Raises:
         HarpError: The run is not finished, or something passed cannot be used.
@@ -181,7 +183,7 @@ def verify_run(
     if len(rows) == 0:
         raise HarpError("No leaf of the pool is expected to raise the score of the active tasks.")
     test = eval_dataset if isinstance(eval_dataset, ProxySet) else load_proxy(eval_dataset)
-    model, args, peft_config, tokenizer = _reopen(RunDir(path), model)
+    model, args, peft_config, tokenizer = _reopen(RunDir(path), model, processing_class)
     _warn_of_leaks(result, test, RunDir(path).read_json("manifest.json")["proxy"], args, tokenizer)
     trials = Trials(RunDir(path), result.pool, test, model, args, peft_config, tokenizer, metrics=[metric])
 
@@ -203,26 +205,28 @@ def verify_run(
 
 
 def _reopen(
-    run: RunDir, model: str | PreTrainedModel | None
+    run: RunDir, model: str | PreTrainedModel | None, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[str | PreTrainedModel, HarpConfig, PeftConfig, PreTrainedTokenizerBase]:
     """Model, settings, adapter and tokenizer of a run.
 
     Raises:
-        ConfigError: The model is not known or not the run's.
+        ConfigError: The model or the tokenizer is not known or not the run's.
     """
     written, manifest = run.file("config.yaml"), run.read_json("manifest.json")
     if not written.exists():
         raise DataError(f"The settings of {run.path} are not known: it has no config.yaml.")
     config = run.read_yaml("config.yaml")
     args, _ = read_settings(config)
-    known, adapter, chat_template = manifest["model"]
+    known, adapter, chat_template, tokens = manifest["model"]
     given = model if model is not None else config.get("model_name_or_path")
     if given is None:
         raise ConfigError(f"The model of {run.path} was an object in memory: pass it as `model`.")
     if isinstance(given, str) and not _same_model(given, known):
         raise ConfigError(f"The model {given!r} is not the one that {run.path} was measured with.")
-    tokenizer = load_tokenizer(given, args)
-    # The run's own, where it was given a tokenizer with another one.
+    args.chat_template_path = None  # its file may be another by now, or gone
+    tokenizer = prepare_tokenizer(processing_class or load_tokenizer(given, args), args)
+    if describe_tokenizer(tokenizer) != tokens:
+        raise ConfigError(f"{run.path} was measured with another tokenizer: pass it as `processing_class`.")
     tokenizer.chat_template = chat_template
     return given, args, PeftConfig.from_peft_type(**adapter), tokenizer
 

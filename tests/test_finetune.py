@@ -7,12 +7,22 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig
+from tokenizers import normalizers, processors
 from trl import SFTTrainer
 
+import harp_hf
 from harp_hf import HarpConfig
 from harp_hf.errors import ConfigError, DataError, FinetuneError
-from harp_hf.finetune import LeafFinetuner, LeafTrainer, default_peft_config, load_model, load_tokenizer
+from harp_hf.finetune import (
+    LeafFinetuner,
+    LeafTrainer,
+    check_adapter,
+    default_peft_config,
+    describe_tokenizer,
+    load_model,
+    load_tokenizer,
+)
 from harp_hf.manifest import describe_call, describe_settings
 
 
@@ -49,6 +59,71 @@ def test_base_weights_and_outputs_are_unchanged_by_finetunes(finetuner, tmp_path
     assert torch.equal(finetuner.model(ids).logits, logits)
     assert "forward" not in vars(finetuner.model)
     assert not any(p.requires_grad for p in finetuner.model.parameters())
+
+
+def test_gradient_checkpointing_is_switched_off_again(finetuner, tmp_path):
+    finetuner.args.gradient_checkpointing, finetuner.args.use_reentrant = True, False
+    modules = list(finetuner.model.modules())
+    hooks = [len(module._forward_hooks) for module in modules]
+    finetuner.finetune(np.arange(24), 0, tmp_path / "a")
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    assert [len(module._forward_hooks) for module in modules] == hooks
+
+
+def test_a_model_is_given_back_as_it_was_lent(tiny_model, pool, proxy, features, config):
+    model = load_model(tiny_model, config()).train()
+    model.lm_head.requires_grad_(False)
+    before, seen, real = digest(model), [], LeafFinetuner.finetune
+
+    def finetune(self, rows, seed, adapter):
+        done = real(self, rows, seed, adapter)
+        seen.append(any(p.requires_grad for p in self.model.parameters()))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LeafFinetuner, "finetune", finetune)
+        harp_hf.measure(pool, eval_dataset=proxy, model=model, args=config(max_steps=2), features=features)
+    assert seen
+    assert not any(seen)
+    assert digest(model) == before
+    assert model.training
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+def test_a_model_in_memory_comes_to_the_device_of_the_run(tiny_model, config, monkeypatch):
+    args, model = config(), load_model(tiny_model, config())
+    monkeypatch.setattr(HarpConfig, "device", torch.device("meta"))
+    model.hf_device_map = {"": "cpu"}
+    assert load_model(model, args).device.type == "cpu", "accelerate has placed it"
+    del model.hf_device_map
+    assert load_model(model, args).device.type == "meta"
+
+
+BAD_ADAPTERS = {
+    "prompt tuning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "is a PromptTuningConfig"),
+    "biases": (LoraConfig(bias="all"), "bias='all' trains biases of the base model"),
+    "biases of its layers": (LoraConfig(bias="lora_only"), "bias='lora_only' trains biases"),
+    "PiSSA": (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa' changes weights of the base model"),
+    "OLoRA": (LoraConfig(init_lora_weights="olora"), "init_lora_weights='olora' changes weights"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_an_adapter_that_would_change_the_base_model_is_refused(case, tiny_model, pool, proxy, features, config):
+    peft_config, match = BAD_ADAPTERS[case]
+    with pytest.raises(ConfigError, match=match):
+        harp_hf.measure(pool, eval_dataset=proxy, model=tiny_model, args=config(), features=features,
+                        peft_config=peft_config)  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_an_adapter_that_starts_beside_the_base_model_leaves_it_as_it_was(tiny_model, pool, config, tmp_path, start):
+    args, peft_config = config(max_steps=2), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=start)
+    check_adapter(peft_config)
+    finetuner = LeafFinetuner(load_model(tiny_model, args), pool, args, peft_config, load_tokenizer(tiny_model, args))
+    before = digest(finetuner.model)
+    finetuner.finetune(np.arange(24), 0, tmp_path / "a")
+    assert digest(finetuner.model) == before
 
 
 def test_every_leaf_gets_a_fresh_adapter_whatever_was_trained_before(finetuner, tmp_path):
@@ -180,3 +255,89 @@ def test_loss_on_a_cpu_is_that_of_sft_trainer(tiny_model, pool, config, completi
         losses.append(trainer.train().training_loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0] > 0.5
+
+
+def test_batches_with_nothing_to_learn_are_no_failure(tiny_model, config, tmp_path):
+    rows = [{"input_ids": [6, 7, 11, 8, 30 + i, 10, 14, 1], "labels": [-100] * 7 + [1 if i % 3 == 0 else -100]}
+            for i in range(9)]  # fmt: skip
+    args = config(max_steps=9, per_device_train_batch_size=1, max_length=None)
+    finetuner = LeafFinetuner(
+        load_model(tiny_model, args), Dataset.from_list(rows), args, default_peft_config(),
+        load_tokenizer(tiny_model, args),
+    )  # fmt: skip
+    assert 0 < finetuner.finetune(np.arange(9), 0, tmp_path / "a").loss < 10
+
+
+@pytest.mark.parametrize("effort", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_leaf_smaller_than_a_batch_that_is_dropped_is_a_failure(tiny_model, pool, config, tmp_path, effort):
+    args = config(per_device_train_batch_size=16, dataloader_drop_last=True, **effort)
+    finetuner = LeafFinetuner(
+        load_model(tiny_model, args), pool, args, default_peft_config(), load_tokenizer(tiny_model, args)
+    )
+    with pytest.raises(FinetuneError, match=r"^12 rows are too few for a batch, and `dataloader_drop_last` is set$"):
+        finetuner.finetune(np.arange(12), 0, tmp_path / "a")
+    assert finetuner.finetune(np.arange(16), 0, tmp_path / "b").steps == max(args.max_steps, 1)
+
+
+GENERATION = (
+    "{% for message in messages %}<|{{ message['role'] }}|> {% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }} <eos>{% endgeneration %}{% else %}{{ message['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def test_settings_of_trl_that_look_at_the_raw_rows_serve_leaves_too(tiny_model, pool, config, tmp_path):
+    chats = Dataset.from_list([
+        {"messages": [{"role": "user", "content": row["prompt"]},
+                      {"role": "assistant", "content": row["completion"].strip()}]} for row in pool
+    ])  # fmt: skip
+    args = config(max_steps=2, assistant_only_loss=True, eval_on_start=True)
+    tokenizer = load_tokenizer(tiny_model, args)
+    tokenizer.chat_template = GENERATION
+    finetuner = LeafFinetuner(load_model(tiny_model, args), chats, args, default_peft_config(), tokenizer)
+    labels = finetuner.tokenised[0]["labels"]
+    assert tokenizer.decode([token for token in labels if token != -100]) == "crimson <eos>"
+    assert finetuner.finetune(np.arange(24), 0, tmp_path / "a").steps == 2
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packed_leaves_have_their_effort_in_tokens(tiny_model, config, tmp_path, strategy):
+    rows = Dataset.from_list(
+        [{"prompt": "say the red of w1 " * (1 + n % 3), "completion": " crimson"} for n in range(60)]
+    )
+    args = config(max_steps=2, per_device_train_batch_size=2, max_length=16, packing=True, packing_strategy=strategy)
+    finetuner = LeafFinetuner(
+        load_model(tiny_model, args), rows, args, default_peft_config(), load_tokenizer(tiny_model, args)
+    )
+    longest = max(map(len, finetuner.tokenised["input_ids"]))
+    assert longest == (16 if strategy == "bfd" else 17), "strategies that cut a long row in parts lose nothing of it"
+    done = finetuner.finetune(np.arange(60), 0, tmp_path / "a")
+    assert done.steps == 2
+    assert sum(len(finetuner.tokenised[int(i)]["input_ids"]) for i in done.rows) <= 2 * 2 * 16
+    assert 0 < done.tokens <= 2 * 2 * 16
+
+
+def test_a_tokenizer_is_known_by_how_it_makes_tokens(tiny_model, config):
+    def changed(change):
+        tokenizer = load_tokenizer(tiny_model, config())
+        change(tokenizer)
+        return describe_tokenizer(tokenizer)
+
+    def pad(tokenizer):
+        tokenizer(["say", "say the red"], padding=True, truncation=True, max_length=2)
+
+    def end(tokenizer):
+        tokenizer.eos_token = "<|user|>"
+
+    def ends(tokenizer):
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 1)]
+        )
+
+    def lower(tokenizer):
+        tokenizer._tokenizer.normalizer = normalizers.Lowercase()
+
+    known = changed(lambda tokenizer: None)
+    assert changed(pad) == known, "what a call asked for is no part of it"
+    others = [changed(change) for change in (end, ends, lower, lambda tokenizer: tokenizer.add_tokens(["new"]))]
+    assert len({known, *others}) == 5

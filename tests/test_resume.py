@@ -187,12 +187,13 @@ def trained(monkeypatch):
 def again(undisturbed, data, tiny_model):
     """Measure in the undisturbed run's directory with some settings, rows or objects changed."""
 
-    def measure(pool=None, proxy=None, model=None, features=None, peft_config=None, **changes):
+    def measure(pool=None, proxy=None, model=None, features=None, peft_config=None, processing_class=None, **changes):
         args = replace(HarpConfig(output_dir=str(undisturbed / "run"), **SETTINGS), **changes)
         return harp_hf.measure(
             data["pool"] if pool is None else pool,
             data["proxy"] if proxy is None else proxy,
-            model or tiny_model, args, peft_config, features=data["features"] if features is None else features,
+            model or tiny_model, args, peft_config, processing_class,
+            features=data["features"] if features is None else features,
         )  # fmt: skip
 
     return measure
@@ -265,19 +266,43 @@ def test_data_and_model_may_not_change(again, trained, data, tiny_model, tmp_pat
     question = data["proxy"].to_list()
     question[3]["answer"] = "azure"
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = "<|user|>"
     for changes, word in (
         ({"pool": Dataset.from_list(rows)}, "pool"),
         ({"pool": data["pool"].select(range(95))}, "pool"),
         ({"proxy": Dataset.from_list(question)}, "proxy set"),
         ({"proxy": load_proxy(data["proxy"].select(range(15)))}, "proxy set"),
+        ({"proxy": data["proxy"].add_column("level", [1] * 16)}, "proxy set"),
         ({"model": str(tmp_path / "other")}, "model, adapter or tokenizer"),
         ({"peft_config": lora}, "model, adapter or tokenizer"),
+        ({"processing_class": tokenizer}, "model, adapter or tokenizer"),
         ({"features": data["features"] + 1}, "choice of features"),
     ):
         with pytest.raises(RunDirError, match=f"belongs to a run with another {word};") as caught:
             again(**changes)
         assert one_sentence(caught.value)
     assert trained == []
+
+
+def test_a_function_that_scores_may_not_change(config, pool, proxy, features, tiny_model, trained):
+    args = config(max_measurements=2, max_steps=2, max_new_tokens=2)
+
+    def measure(score):
+        return harp_hf.measure(pool, proxy, tiny_model, args, features=features, metric=score)
+
+    def score(completions, **columns):
+        return [0.5] * len(completions)
+
+    before, made = measure(score), len(trained)
+    assert np.array_equal(measure(score).measurements.scores, before.measurements.scores)
+
+    def score(completions, **columns):
+        return [0.25] * len(completions)
+
+    with pytest.raises(RunDirError, match=r"was made with metric=\[.*score [0-9a-f]{8}'.*\], not \[.*start afresh\.$"):
+        measure(score)
+    assert len(trained) == made
 
 
 def one_sentence(error):

@@ -9,9 +9,10 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import yaml
-from conftest import make_rows
+from conftest import CHAT_TEMPLATE, make_rows
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from transformers import AutoTokenizer
 
 import harp_hf
 from harp_hf import HarpConfig, cli
@@ -24,7 +25,7 @@ from harp_hf.rundir import RunDir
 from harp_hf.saved import load_result
 from harp_hf.stopping import Terminated, stoppable
 from harp_hf.trials import Trials
-from harp_hf.verify import verify_run
+from harp_hf.verify import Proof, verify_run
 
 SETTINGS = {"features": "vector", "leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 12,
             "learning_rate": 3e-2, "use_cpu": True, "bf16": False}  # fmt: skip
@@ -123,6 +124,33 @@ def test_a_run_from_python_keeps_its_adapter_and_wants_its_objects(
     proof = verify_run(tmp_path / "run", str(disk / "test.jsonl"), seeds=1, dataset=pool, epochs=1)
     assert [finetune[2] for finetune in made] == [3, 3]
     assert "With one seed" in proof.summary()
+
+
+def test_a_run_with_its_own_tokenizer_and_template_is_verified_with_them(
+    pool, proxy, features, tiny_model, tmp_path, disk, made, monkeypatch
+):
+    template, test, seen = tmp_path / "chat.jinja", str(disk / "test.jsonl"), []
+    template.write_text(CHAT_TEMPLATE.replace("<|user|>", "say"))
+    args = HarpConfig(output_dir=str(tmp_path / "run"), active_tasks="all", metric="likelihood",
+                      chat_template_path=str(template), **SETTINGS)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = "<|user|>"
+    harp_hf.measure(pool, proxy, tiny_model, args, processing_class=tokenizer, features=features)
+    template.unlink()
+    monkeypatch.setattr(LeafFinetuner, "__init__", lambda self, *given, _real=LeafFinetuner.__init__: (
+        seen.append(given[4]), _real(self, *given))[1])  # fmt: skip
+    with pytest.raises(ConfigError, match="measured with another tokenizer: pass it as `processing_class`"):
+        verify_run(tmp_path / "run", test, seeds=1, dataset=pool, epochs=1)
+    assert not seen
+    proof = verify_run(
+        tmp_path / "run", test, seeds=1, dataset=pool, epochs=1, processing_class=AutoTokenizer.from_pretrained(
+            tiny_model, eos_token="<|user|>"
+        ),
+    )  # fmt: skip
+    assert len(proof.scores) == 3
+    assert [(t.eos_token, t.chat_template[:100]) for t in seen] == [
+        ("<|user|>", CHAT_TEMPLATE.replace("<|user|>", "say")[:100])
+    ]
 
 
 def test_what_cannot_be_verified_is_said(run, disk, tmp_path, caplog, monkeypatch):
@@ -225,6 +253,20 @@ def test_intervals_match_students_where_there_is_one_effect():
     seeds = np.repeat(random.standard_normal((5, 1)), 12, axis=1)
     assert mean_intervals(seeds, task)[0, 1:] == pytest.approx(ttest_1samp(seeds[:, 0], 0).confidence_interval(0.95))
     assert mean_intervals(np.full((2, 12), 0.5), task).tolist() == [[0.5] * 3] * 2
+
+
+def test_one_row_does_not_tell_its_variance():
+    scores, task = np.random.default_rng(2).random((3, 7)), np.repeat(np.arange(2), [6, 1])
+    found = mean_intervals(scores, task)
+    assert found[:, 0] == pytest.approx([scores[:, :6].mean(), scores[:, 6].mean(), found[:2, 0].mean()])
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1:, 1:]).all()
+    assert np.isnan(mean_intervals(scores[:1], task)[1:, 1:]).all()
+    rows = load_proxy({n: Dataset.from_list([{"prompt": "a", "answer": "x"}] * k) for n, k in (("u", 6), ("v", 1))})
+    compared = {"ours": scores, "random rows": scores[::-1]}
+    text = Proof(rows, "ours", dict.fromkeys(compared, 5), compared, 1).summary()
+    assert text.count("not known") == 2
+    assert "nan" not in text
 
 
 # --- --selector

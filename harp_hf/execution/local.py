@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import FinetuneError, HarpError
 from ..evaluation.evaluator import Evaluator
 from ..faults import contained, free_memory
-from ..finetune import LeafFinetuner
+from ..finetune import LeafFinetuner, lent
 from ..names import leaf_name
 from ..processes import from_main
 from ..rundir import RunDir
@@ -44,8 +44,9 @@ def measure_here(
         given.model, given.pool, given.proxy, given.metrics, given.peft_config, given.tokenizer, args
     )
     limit = args.measurement_timeout
-    null = from_main(lambda: base_scores(run, evaluator, given.null_scores, limit))
-    measure_leaves(run, todo, rows, finetuner, evaluator, limit)
+    with lent(given.model):
+        null = from_main(lambda: base_scores(run, evaluator, given.null_scores, limit))
+        measure_leaves(run, todo, rows, finetuner, evaluator, limit)
     return null
 
 
