@@ -109,7 +109,7 @@ def _measure(command: str, argv: list[str]) -> None:
     parser.set_defaults(use_peft=True, dtype=None)
     script, args, model = _parse(parser, argv)
     if args.log_level != "passive":
-        logging.getLogger("harp_hf").setLevel(args.log_level.upper())
+        logging.getLogger("harp_hf").setLevel({"detail": "DEBUG"}.get(args.log_level, args.log_level.upper()))
     if script.datasets and script.dataset_name:
         logger.warning("Both `datasets` and `dataset_name` are given: the pool is the mixture of `datasets`.")
         script.dataset_name = None

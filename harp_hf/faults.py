@@ -88,7 +88,8 @@ def _alarm(seconds: float | None) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Again after the same time, should some library have swallowed the first.
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import numpy as np
 import yaml
@@ -113,6 +113,7 @@ class RunDir:
             RunDirError: The directory cannot be written, or belongs to a run with another pool, proxy set, model or
                 setting; the message names the first difference.
         """
+        manifest = json.loads(json.dumps(manifest))  # what is known was read from JSON, which has no tuples
         if not os.access(self.path, os.W_OK):
             raise RunDirError(f"The run directory {self.path} cannot be written.")
         if not any(any(self.path.glob(name)) for name in _COMPUTED):
@@ -148,8 +149,8 @@ class RunDir:
         aside = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as handle:
-                aside = Path(handle.name)
+            aside = path.parent / f".{uuid4().hex}.part"  # not a temporary file, which only its owner may read
+            with aside.open("xb") as handle:
                 write(handle)
                 handle.flush()
                 os.fsync(handle.fileno())

@@ -23,7 +23,7 @@ from peft import LoraConfig
 
 import harp_hf
 from harp_hf import HarpConfig, HarpError, cli, events
-from harp_hf.errors import ConfigError, RunDirError
+from harp_hf.errors import ConfigError, FinetuneError, RunDirError
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.faults import contained
 from harp_hf.finetune import LeafFinetuner, LeafTrainer
@@ -399,8 +399,9 @@ def leaf_of(log, number):
     return [f"{event['leaf']}-{event['seed']}" for event in log if event["event"] == "leaf"][number]
 
 
-WHERE = {"building the adapter": (LeafTrainer, "__init__"), "training": (LeafTrainer, "training_step"),
-         "evaluation": (TransformersEvaluator, "_score")}  # fmt: skip
+# The first trainer only tokenises the pool.
+WHERE = {"building the adapter": (LeafTrainer, "__init__", 2), "training": (LeafTrainer, "training_step", 1),
+         "evaluation": (TransformersEvaluator, "_score", 1)}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -414,7 +415,8 @@ def test_one_leaf_that_lacks_memory_or_time(where, case, undisturbed, data, done
     first, second = leaf_of(log, 1), leaf_of(log, 2)
     for leaf in (first, second):
         (done / "run" / "measurements" / f"{leaf}.npz").unlink()
-    spoil(monkeypatch, *WHERE[where], lack, 1)
+    owner, name, number = WHERE[where]
+    spoil(monkeypatch, owner, name, lack, number)
     result = measure(done, data, measurement_timeout=3)
     [(failed, why)] = result.measurements.failed.items()
     assert f"{failed}-42" == first
@@ -478,7 +480,7 @@ def test_a_failed_leaf_gives_its_memory_back(data, done, monkeypatch):
         measure(done, data, max_measurements=2)
     finally:
         gc.enable()
-    assert alive == [0, 0, 0]
+    assert alive == [0] * 4, "one tokenises, three finetune"
 
 
 def test_a_limit_ends_with_what_it_limits():
@@ -487,6 +489,18 @@ def test_a_limit_ends_with_what_it_limits():
         pass
     time.sleep(0.3)
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_limit_that_a_library_swallows_comes_again():
+    def swallow():
+        with suppress(BaseException):
+            time.sleep(5)
+        time.sleep(5)
+
+    start = time.monotonic()
+    with pytest.raises(FinetuneError, match=r"longer than measurement_timeout=0\.2 seconds"), contained(0.2):
+        swallow()
+    assert time.monotonic() - start < 5
 
 
 def test_a_limit_needs_the_main_thread():
@@ -657,7 +671,8 @@ def restored():
 
 
 @pytest.mark.parametrize(("flag", "wanted"), [([], logging.INFO), (["--log_level", "error"], logging.ERROR),
-                                              (["--log-level", "debug"], logging.DEBUG)])  # fmt: skip
+                                              (["--log-level", "debug"], logging.DEBUG),
+                                              (["--log_level", "detail"], logging.DEBUG)])  # fmt: skip
 def test_the_level_of_our_logging(flag, wanted, disk, tmp_path, restored):
     with pytest.raises(SystemExit):
         cli.main(

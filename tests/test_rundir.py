@@ -61,6 +61,15 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(run, monkeypatch):
     assert run.file("a.bin").read_bytes() == b"whole"
 
 
+def test_a_file_may_be_read_by_whom_the_user_lets(run):
+    before = os.umask(0o027)
+    try:
+        run.write("a.bin", lambda handle: handle.write(b"whole"))
+    finally:
+        os.umask(before)
+    assert run.file("a.bin").stat().st_mode & 0o777 == 0o640
+
+
 def test_what_is_written_is_read_back(run):
     value = {"ä": [1, None, 0.1], "b": {"c": True}}
     run.write_json("v.json", value)
@@ -136,6 +145,15 @@ def test_the_same_run_claims_its_directory_again(claimed):
     claimed.claim(MANIFEST)
     claimed.claim(MANIFEST | {"versions": {"trl": "2.0"}})
     assert claimed.file("manifest.json").read_bytes() == before, "versions are recorded, not compared"
+
+
+def test_a_manifest_with_tuples_is_that_with_lists(run):
+    run.claim(MANIFEST | {"model": ("tiny", {"targets": ("q", "v")})})
+    run.write_arrays("hierarchy.npz", a=np.arange(3))
+    run.claim(MANIFEST | {"model": ["tiny", {"targets": ["q", "v"]}]})
+    run.claim(MANIFEST | {"model": ("tiny", {"targets": ("q", "v")})})
+    with pytest.raises(RunDirError, match="another model"):
+        run.claim(MANIFEST | {"model": ("tiny", {"targets": ("q",)})})
 
 
 @pytest.mark.parametrize(
