@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -253,6 +254,9 @@ class HarpConfig(SFTConfig):
             with suppress(ValueError):
                 self.task_weights = json.loads(self.task_weights)
         self._check()
+        # Numbers of numpy cannot be written to the run directory.
+        for name in (*_AT_LEAST, "budget", "task_weights"):
+            setattr(self, name, plain(getattr(self, name)))
         super().__post_init__()
 
     def _check(self) -> None:
@@ -278,6 +282,8 @@ class HarpConfig(SFTConfig):
             raise ConfigError("`active_tasks` is empty: use 'auto', 'all' or the names of tasks.")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise ConfigError("A leaf finetune has no steps: set `max_steps` (or `num_train_epochs`) above 0.")
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ConfigError("`skip_prepare_dataset` cannot be used: TRL tokenises the pool once for all finetunes.")
 
 
 _AT_LEAST = {"leaf_size": 2, "branching": 2, "max_measurements": 1, "num_repeats": 1, "max_new_tokens": 1,
@@ -298,7 +304,8 @@ def check_choice(
     if not isinstance(task_weights, dict):
         raise ConfigError(f"`task_weights` must be a dict or a JSON object, but it is {task_weights!r}.")
     for task, weight in task_weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < float("inf"):
             raise ConfigError(f"The weight of task {task!r} must be a number of at least 0, but it is {weight!r}.")
 
 
@@ -306,8 +313,17 @@ def check_whole(name: str, value: Any, least: int, optional: bool = False) -> No
     """Raise [`ConfigError`] unless `value` is a whole number of at least `least`, or `None` where it is optional."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"`{name}` must be a whole number of at least {least}, but it is {value!r}.")
+
+
+def plain(value: Any) -> Any:
+    """The same with whole and other numbers of whatever type, also those in a dict, as `int` and `float`."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[str]) -> None:

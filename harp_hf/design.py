@@ -28,7 +28,7 @@ def choose_leaves(
         max_measurements: number of leaves wanted, at least 1; more than there are leaves means all of them.
             Default: one and a half a parent, rounded up. From one a parent upwards, a larger number begins with the
             smaller design.
-        similarity: (G, D) of every leaf to the examples of each task.
+        similarity: (G, D) of every leaf to the examples of each task; a task to which all are alike has no likeliest.
 
     Returns:
         (m,) int64 leaf ids, no id twice.
@@ -45,7 +45,7 @@ def choose_leaves(
     centroids = hierarchy.centroids
     likely = np.zeros(hierarchy.n_leaves, bool)
     if similarity is not None:
-        likely[similarity.argmax(axis=0)] = True
+        likely[similarity[:, np.ptp(similarity, axis=0) > 0].argmax(axis=0)] = True
     representative = np.zeros(hierarchy.n_leaves, bool)
     if count >= n_parents:
         representative[_representatives(hierarchy)] = True

@@ -32,8 +32,9 @@ def measured_effects(
         null: (n_proxy,) scores of the base model on the same rows.
         task: (n_proxy,) int, task of every row, 0..n_tasks-1.
         n_tasks: number of tasks D; each needs at least one row.
-        replicates: (m, R, D) task means of every run, NaN where a leaf had fewer than R runs. Their pooled run-to-run
-            variance of each task, divided by the leaf's number of runs, is added; nothing where no leaf was repeated.
+        replicates: (m, R, n_proxy) scores of every run, NaN where a leaf had fewer than R runs. The variance that runs
+            alone give a task's mean, pooled over leaves and divided by the leaf's number of runs, is added; nothing
+            where no leaf was repeated.
 
     Returns:
         effects (m, D) and variances (m, D), the variances above zero.
@@ -58,30 +59,41 @@ def measured_effects(
     pooled = (squares.sum(axis=0) + 0.5) / (len(scores) * (rows - 1) + 1)
     variances = (squares + PRIOR_ROWS * pooled) / (rows - 1 + PRIOR_ROWS) / rows
     if replicates is not None:
-        variances = variances + _run_variance(replicates)
+        variances = variances + _run_variance(replicates, member)
     return effects, variances
 
 
-def _run_variance(replicates: np.ndarray) -> np.ndarray:
-    """(m, D) variance of the mean over a leaf's runs, from the pooled run-to-run variance of each task."""
-    runs = np.isfinite(replicates).sum(axis=1)
+def _run_variance(replicates: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """(m, D) variance that a leaf's runs give its mean beyond that of the paired differences.
+
+    Runs and rows are crossed: the variance of the runs' means also holds the mean square of row by run over n, which
+    the rows' differences hold already, so that is taken off.
+    """
+    ran = np.isfinite(replicates).all(axis=2, keepdims=True)
+    runs, rows = ran.sum(axis=1), member.sum(axis=0)
     if not runs.all():
-        raise HarpError("Every measured leaf needs the task means of at least one run.")
-    around = replicates - np.nanmean(replicates, axis=1, keepdims=True)
-    pooled = np.nansum(around**2, axis=(0, 1)) / np.maximum((runs - 1).sum(axis=0), 1)
-    return pooled / runs
+        raise HarpError("Every measured leaf needs the scores of at least one run.")
+    around = np.where(ran, replicates - np.nanmean(replicates, axis=1, keepdims=True), 0)
+    means = around @ member / rows
+    rest = around - means @ member.T
+    freedom = max(int((runs - 1).sum()), 1)
+    between = (means**2).sum(axis=(0, 1)) / freedom
+    within = (rest**2).sum(axis=(0, 1)) @ member / freedom / np.maximum(rows - 1, 1)
+    return np.maximum(between - within / rows, 0) / runs
 
 
 def active_tasks(effects: np.ndarray, variances: np.ndarray, *, fdr: float = 0.1) -> np.ndarray:
     """Tasks whose measured effects are distinguishable from none.
 
-    The sum of squared effects over their variances is chi-square with m degrees of freedom where there is no effect;
-    Benjamini-Hochberg holds the false discovery rate over tasks.
+    The sum of squared effects over their variances is compared with a chi-square of m degrees of freedom, and tasks
+    are chosen by Benjamini and Hochberg (1995). Effects share the base model's scores and the proxy rows, so their
+    noise is correlated, which the chi-square ignores: where no task has an effect, 15 to 25 % of them are declared
+    active at `fdr` 0.1.
 
     Args:
         effects: (m, D) measured effects.
         variances: (m, D) their variances, above 0.
-        fdr: share of false discoveries allowed, in (0, 1).
+        fdr: nominal share of false discoveries, in (0, 1).
 
     Returns:
         (D,) bool, True for active tasks.

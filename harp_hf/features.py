@@ -103,7 +103,8 @@ def load_proxy_features(
         `np.ndarray`: (n_proxy, d) float32, rows of norm 1 (or 0).
 
     Raises:
-        DataError: The pool's features are an array or a column, and the proxy set has no such column.
+        DataError: The pool's features are an array or a column, and the proxy set has no such column or other vectors
+            in it; or a value is not finite.
     """
     if not comparable(pool, proxy, features):
         raise DataError(
@@ -113,11 +114,13 @@ def load_proxy_features(
     parted = bool({"prompt", "messages", "conversations"} & set(pool.column_names))
     texts = [content(prompt) for prompt in proxy.prompts] if parted else proxy_texts(proxy)
     if isinstance(features, str) and features in pool.column_names:
-        vectors = np.asarray(proxy.columns[features], np.float32)
+        width = next(_column_blocks(pool.select([0]), features)).shape[1]
+        vectors = _stack(proxy.columns[features], features, width)
     elif features == "tfidf":
         vectors = _tfidf(question_texts(pool, text_field, decode), seed, texts)
     else:
         vectors = np.concatenate(list(_embed(_load_embedder(features), iter(texts), len(texts), batch_size)))
+    _check_finite(vectors, "proxy set's features")
     return _unit(vectors).astype(np.float32)
 
 
@@ -142,11 +145,15 @@ def _write_blocks(handle: IO[bytes], shape: tuple[int, int], blocks: Iterator[np
     npy.write_array_header_1_0(handle, {"descr": "<f4", "fortran_order": False, "shape": shape})
     done = 0
     for block in blocks:
-        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
-        if len(bad):
-            raise DataError(f"Row {done + bad[0]} of the features holds a value that is not finite.")
+        _check_finite(block, "features", done)
         done += len(block)
         handle.write(_unit(block).astype("<f4").tobytes())
+
+
+def _check_finite(vectors: np.ndarray, of: str, first: int = 0) -> None:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise DataError(f"Row {first + bad[0]} of the {of} holds a value that is not finite.")
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -184,6 +191,20 @@ def _column_blocks(pool: Dataset, name: str) -> Iterator[np.ndarray]:
         if len(widths) > 1:
             raise DataError(f"The column {name!r} does not hold one vector of the same length in each row.")
         yield from _array_blocks(block, len(block))
+
+
+def _stack(column: list[Any], name: str, width: int) -> np.ndarray:
+    """The vectors of a column of the proxy set, as wide as the pool's."""
+    vectors = np.empty((len(column), width), np.float32)
+    for row, value in enumerate(column):
+        try:
+            vector = np.asarray(value, np.float32)
+        except (ValueError, TypeError):
+            vector = np.empty(0, np.float32)
+        if vector.shape != (width,):
+            raise DataError(f"Row {row} of the proxy set has no vector of {width} numbers in {name!r}, as the pool.")
+        vectors[row] = vector
+    return vectors
 
 
 def _tfidf(texts: Iterator[str], seed: int, others: list[str] | None = None) -> np.ndarray:

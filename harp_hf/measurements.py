@@ -84,8 +84,4 @@ class Measurements:
         return effects[-1], variances[-1]
 
     def _effects(self, scores: np.ndarray, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:
-        replicates = None
-        if scores.shape[1] > 1:
-            member = np.eye(n_tasks)[task]
-            replicates = scores @ (member / member.sum(axis=0))
-        return measured_effects(np.nanmean(scores, axis=1), self.null, task, n_tasks, replicates=replicates)
+        return measured_effects(np.nanmean(scores, axis=1), self.null, task, n_tasks, replicates=scores)

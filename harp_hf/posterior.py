@@ -147,8 +147,9 @@ def standardise(
     log_prior = -0.5 * (signal + leaf)
     z, slopes = np.zeros((hierarchy.n_leaves, n_tasks)), np.zeros((n_tasks, 2))
     if similarity is not None:
-        spread = similarity.std(axis=0)
-        z = (similarity - similarity.mean(axis=0)) / np.where(spread > 0, spread, 1)
+        middle, spread = similarity.mean(axis=0), similarity.std(axis=0)
+        varies = spread > 1e-9 * np.abs(middle)  # else all of it is rounding
+        z = np.where(varies, (similarity - middle) / np.where(varies, spread, 1), 0)
     known = [likelihoods(y[:, d], z[measured, d], noise[:, d], among, signal, leaf) for d in range(n_tasks)]
     if similarity is not None:
         found = [slope(known[d], log_prior, z[measured, d]) for d in range(n_tasks)]

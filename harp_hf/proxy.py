@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class ProxySet:
         choices (`list[list[str]]`): Choices of each row; empty where it has none.
         tasks (`list[str]`): Names of the tasks in order of appearance.
         task (`np.ndarray`): (n_proxy,) index into `tasks`.
-        columns (`dict[str, list]`): All columns as they came, for callable metrics.
+        columns (`dict[str, list]`): All columns as they came, for callable metrics and as vectors.
     """
 
     prompts: list[Prompt]
@@ -43,9 +44,9 @@ class ProxySet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of prompts, answers, choices and tasks."""
-        rows = [self.prompts, self.answers, self.choices, self.tasks, self.task.tolist()]
-        return hashlib.sha256(json.dumps(rows, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+        """SHA-256 of prompts, answers, choices, tasks and all columns, whatever their order."""
+        rows = [self.prompts, self.answers, self.choices, self.tasks, self.task.tolist(), sorted(self.columns.items())]
+        return hashlib.sha256(json.dumps(rows, default=_plain).encode("utf-8", "surrogatepass")).hexdigest()
 
     def take(self, rows: np.ndarray) -> ProxySet:
         """Only some of the rows, with all tasks."""
@@ -60,6 +61,13 @@ class ProxySet:
             {row_key(content(prompt), answer) for answer in answers}
             for prompt, answers in zip(self.prompts, self.answers, strict=True)
         ]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, the same in every process: all numbers of an array, and no address of an object."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return value.tobytes().hex() if hasattr(value, "tobytes") else re.sub(" at 0x[0-9a-f]+", "", str(value))
 
 
 def load_proxy(source: Any, *, name: str | None = None, split: str = "test") -> ProxySet:

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from .budget import BudgetBy, claims_of, cut, mean_row, random_as_good, share
-from .config import HarpConfig, check_choice
+from .config import HarpConfig, check_choice, plain
 from .effects import active_tasks
 from .envelopes import Order, Variant, greedy, predict
 from .errors import ConfigError, DataError, HarpError
@@ -128,6 +128,11 @@ class HarpResult:
             return np.ones(len(self.tasks), bool)
         return self.distinguishable if names == ("auto",) else np.isin(self.tasks, names)
 
+    def decides(self, choice: Choice | None = None) -> bool:
+        """Whether any active task has a weight; without one nothing is chosen."""
+        choice = choice or self.choice
+        return bool(self._weights(choice)[self.active(choice)].any())
+
     def order(self, choice: Choice | None = None) -> Order:
         """All leaves in the greedy order of one envelope, with their gains and the best prefix.
 
@@ -205,7 +210,8 @@ class HarpResult:
         Returns:
             `dict`: `row`, `leaf`, `parent`, `leaf_size`, `measured`, `failed` (the reason, or `None`), `phi` and
             `phi_sd` by task, `nearest_measured` (leaf) and its cosine `distance`, and for each envelope under
-            `selected`: the leaf's `rank`, its `gain` and whether the row is `chosen`.
+            `selected`: the leaf's `rank`, its `gain` and whether the row is `chosen`. `selected` is empty where no
+            active task has a weight.
 
         Raises:
             DataError: The pool has no such row.
@@ -216,7 +222,7 @@ class HarpResult:
         centroids = self.hierarchy.centroids
         distances = 1 - centroids[self.measurements.leaves] @ centroids[leaf]
         selected = {}
-        for variant in ("harp-c", "harp-e"):
+        for variant in ("harp-c", "harp-e") if self.decides() else ():
             choice = replace(self.choice, variant=variant)
             order = self.order(choice)
             rank = int(np.flatnonzero(order.leaves == leaf)[0])
@@ -244,7 +250,7 @@ class HarpResult:
         """
         if self.sources is None:
             raise HarpError("The sources of rows are not known: set `source_column`, or pass a mixture as the pool.")
-        chosen = self.chosen()[0] if self.active().any() else np.array([], int)
+        chosen = self.chosen()[0] if self.decides() else np.array([], int)
         return tabulate(self.sources, self.tasks, self.hierarchy.leaf, self.measurements.leaves, chosen)
 
     def summary(self) -> str:
@@ -286,8 +292,8 @@ class HarpResult:
         for task in {*(task_weights or {}), *(names if names not in (("auto",), ("all",)) else ())}:
             if task not in self.tasks:
                 raise ConfigError(f"There is no task {task!r}; the tasks are {', '.join(self.tasks)}.")
-        given = {"variant": variant, "budget": budget, "task_weights": task_weights, "active_tasks": names or None,
-                 "budget_by": budget_by}  # fmt: skip
+        given = {"variant": variant, "budget": plain(budget), "task_weights": plain(task_weights),
+                 "active_tasks": names or None, "budget_by": budget_by}  # fmt: skip
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         return replace(self, choice=replace(self.choice, **changes))
 

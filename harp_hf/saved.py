@@ -59,8 +59,8 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
     run = RunDir(path)
     known, arrays = run.read_json("result/result.json"), run.read_arrays("result/arrays.npz")
     costs = run.read_json("result/seconds.json")
+    config = {"seed": HarpConfig.seed} | run.read_yaml("config.yaml")
     if dataset is None:
-        config = {"seed": HarpConfig.seed} | run.read_yaml("config.yaml")
         if not config.keys() & {"dataset_name", "datasets"}:
             raise DataError(f"The pool of {path} was an object in memory: pass it as `dataset`.")
         pool, _ = load_pool(
@@ -68,7 +68,7 @@ def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
             name=config.get("dataset_config"), split=config.get("dataset_train_split", "train"),
         )  # fmt: skip
     else:
-        pool, _ = load_pool(dataset, HarpConfig.seed)
+        pool, _ = load_pool(dataset, config["seed"])
     if content_digest(pool) != known["pool"]:
         raise DataError(f"The pool is not the one that {path} was measured on.")
     leaves = arrays["leaves"].tolist()

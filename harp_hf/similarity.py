@@ -26,14 +26,14 @@ def leaf_similarity(nearest: np.ndarray, hierarchy: Hierarchy, task: np.ndarray,
         n_tasks: number of tasks D.
 
     Returns:
-        (G, D) similarities, at least 0; 1 for tasks of which no row has neighbours.
+        (G, D) similarities, at least 0; just 1 for tasks of which no row has neighbours.
     """
     votes = np.zeros((hierarchy.n_leaves, n_tasks))
     known = nearest[:, 0] >= 0
     np.add.at(votes, (hierarchy.leaf[nearest[known]], task[known, None]), 1)
     share = hierarchy.sizes[:, None] / len(hierarchy.leaf)
-    votes = np.where(votes.any(axis=0), votes, share)
-    return votes / votes.sum(axis=0) / share
+    total = votes.sum(axis=0)
+    return np.where(total > 0, votes / np.maximum(total, 1) / share, 1.0)
 
 
 def nearest_rows(features: np.ndarray, proxy_features: np.ndarray) -> np.ndarray:
@@ -44,24 +44,27 @@ def nearest_rows(features: np.ndarray, proxy_features: np.ndarray) -> np.ndarray
         proxy_features: (n_proxy, d) unit-norm, or zero where nothing is known of a row.
 
     Returns:
-        (n_proxy, k) int64 rows of the pool, most similar first, of equally similar ones the first; -1 where nothing is
-        known of a proxy row.
+        (n_proxy, k) int64 rows of the pool, most similar first, equally similar ones in a random order that is always
+        the same, so that leaves with copies of a row share its votes; -1 where nothing is known of a proxy row.
     """
     n_proxy, count = len(proxy_features), min(NEIGHBOURS, len(features))
     best = np.full((n_proxy, count), -np.inf, np.float32)
     rows = np.zeros((n_proxy, count), np.int64)
+    tie = np.random.default_rng(0).permutation(len(features))
     largest = max(count, min(_BLOCK, _ENTRIES // n_proxy))
     stop = 0
     while stop < len(features):
-        # Each block is at most as long as all before it, so that few of its rows are nearer than those seen.
+        # Each block is at most as long as all before it, so that few of its rows come before the best of those: as the
+        # order of ties is random, also where all tie.
         start, stop = stop, min(stop + largest, max(2 * stop, count))
         block = proxy_features @ np.asarray(features[start:stop]).T
-        # Later rows count where they are nearer than the last of the best so far.
-        proxy, row = np.nonzero(block > best[:, -1:])
+        # Later rows count where they come before the last of the best so far.
+        last, least = best[:, -1:], tie[rows[:, -1:]]
+        proxy, row = np.nonzero((block > last) | ((block == last) & (tie[start:stop] < least)))
         owner = np.concatenate([np.repeat(np.arange(n_proxy), count), proxy])
         values = np.concatenate([best.ravel(), block[proxy, row]])
         ids = np.concatenate([rows.ravel(), start + row])
-        order = np.lexsort((ids, -values, owner))
+        order = np.lexsort((tie[ids], -values, owner))
         first = np.searchsorted(owner[order], np.arange(n_proxy))
         nearest = order[first[:, None] + np.arange(count)]
         best, rows = values[nearest], ids[nearest]

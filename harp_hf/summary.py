@@ -27,9 +27,9 @@ def summarise(result: HarpResult) -> str:
     """Tasks with null and predicted scores, what each envelope chooses, the sources, and what the run cost."""
     # Plain text whatever the terminal is: names of tasks may look like markup.
     console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, markup=False, emoji=False)
-    active = result.active()
+    active, decides = result.active(), result.decides()
     choices = {v: replace(result.choice, variant=v) for v in ("harp-c", "harp-e")}
-    predicted = {v: result.predicted(c) if active.any() else result.null for v, c in choices.items()}
+    predicted = {v: result.predicted(c) if decides else result.null for v, c in choices.items()}
 
     scores = {"null score": result.null}
     if result.control is not None:
@@ -55,7 +55,7 @@ def summarise(result: HarpResult) -> str:
     for name in ("variant", "leaves", "rows", "of rows"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for variant, choice in choices.items():
-        rows = result.chosen(choice)[0] if active.any() else np.array([], int)
+        rows = result.chosen(choice)[0] if decides else np.array([], int)
         leaves = len(np.unique(result.hierarchy.leaf[rows]))
         mark = " (this run's)" if variant == result.choice.variant else ""
         table.add_row(variant.upper() + mark, f"{leaves} of {result.hierarchy.n_leaves}", str(len(rows)),

@@ -118,3 +118,11 @@ def test_the_leaf_most_similar_to_each_task_is_every_other_measurement(
         assert choose_leaves(hierarchy, wanted + 1, similarity)[: len(chosen)].tolist() == chosen
     if wanted >= 2 * len(hierarchy.large):
         assert set(hierarchy.parent[chosen].tolist()) == set(range(len(hierarchy.large))), "no parent is left out"
+
+
+def test_a_task_to_which_all_leaves_are_alike_has_no_likeliest() -> None:
+    hierarchy = hierarchy_of(on_circle([0, 40, 50, 90]), np.arange(4))
+    flat = np.ones((4, 2))
+    assert choose_leaves(hierarchy, 3, flat).tolist() == choose_leaves(hierarchy, 3).tolist()
+    one = np.stack([flat[:, 0], np.eye(4)[3]], axis=1)
+    assert choose_leaves(hierarchy, 3, one).tolist() == choose_leaves(hierarchy, 3, one[:, 1:]).tolist()

@@ -193,6 +193,10 @@ BAD_SETTINGS = {
     "no repeats": ({"num_repeats": 0}, "`num_repeats` must be a whole number of at least 1"),
     "no steps": ({"max_steps": 0, "num_train_epochs": 0}, "no steps: set `max_steps`"),
     "no active tasks": ({"active_tasks": []}, "`active_tasks` is empty"),
+    "no preparation": (
+        {"dataset_kwargs": {"skip_prepare_dataset": True}},
+        "`skip_prepare_dataset` cannot be used: TRL tokenises",
+    ),
     "negative weight": ({"task_weights": {"red": -1}}, "The weight of task 'red' .* but it is -1"),
     "weight in words": ({"task_weights": {"red": "much"}}, "The weight of task 'red' .* but it is 'much'"),
     "weight of NaN": ({"task_weights": {"red": float("nan")}}, "The weight of task 'red' .* but it is nan"),
@@ -213,6 +217,14 @@ def test_settings_in_every_form_that_can_be_used(weights, active):
     args = HarpConfig(use_cpu=True, task_weights=weights, active_tasks=active, budget=None)
     assert args.task_weights == (weights and {"red": 2, "green": 0})
     assert args.active_tasks == ["all"]
+
+
+def test_settings_in_numbers_of_numpy():
+    args = HarpConfig(use_cpu=True, budget=np.int64(5), leaf_size=np.int32(8), task_weights={"a": np.float32(0.5)})
+    assert [type(v) for v in (args.budget, args.leaf_size, args.task_weights["a"])] == [int, int, float]
+    assert (args.budget, args.leaf_size, args.task_weights) == (5, 8, {"a": 0.5})
+    with pytest.raises(ConfigError, match="`budget` must be a whole number"):
+        HarpConfig(use_cpu=True, budget=np.float32(5))
 
 
 BAD_CHOICES = {
@@ -318,6 +330,25 @@ def test_features_that_cannot_be_used(case, measure, features, tmp_path):
 def test_a_column_without_one_vector_a_row(vectors, measure, pool):
     pool = pool.add_column("vector", vectors)
     refusal(DataError, "(column 'vector'|features have shape)", lambda: measure(dataset=pool, features="vector"))
+
+
+BAD_VECTORS = {
+    "NaN": (lambda v: with_value(v, 5, np.nan).tolist(), "Row 5 of the proxy set's features holds a value that is"),
+    "narrower": (lambda v: v[:, :5].tolist(), "Row 0 of the proxy set has no vector of 6 numbers in 'vector'"),
+    "ragged": (lambda v: [*v.tolist()[:15], [1.0]], "Row 15 of the proxy set has no vector of 6 numbers"),
+    "missing": (lambda v: [*v.tolist()[:7], None, *v.tolist()[8:]], "Row 7 of the proxy set has no vector"),
+    "missing number": (lambda v: [*v.tolist()[:15], [1.0] * 5 + [None]], "Row 15 .* holds a value that is not finite"),
+    "words": (lambda v: ["red"] * 16, "Row 0 of the proxy set has no vector"),
+    "lists of words": (lambda v: [["red"] * 6] * 16, "Row 0 of the proxy set has no vector"),
+    "one number a row": (lambda v: [1.0] * 16, "Row 0 of the proxy set has no vector"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VECTORS)
+def test_a_proxy_set_without_one_vector_a_row_like_the_pools(case, measure, pool, proxy, features):
+    spoil, match = BAD_VECTORS[case]
+    given = {"dataset": pool.add_column("vector", features.tolist()), "features": "vector"}
+    refusal(DataError, match, lambda: measure(eval_dataset=proxy.add_column("vector", spoil(features[:16])), **given))
 
 
 def test_a_refused_call_has_no_claim_on_its_directory(measure, features):

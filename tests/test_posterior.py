@@ -105,15 +105,34 @@ def test_intervals_of_measured_effects_hold_their_truth() -> None:
 def test_repeated_runs_add_their_variance() -> None:
     scores, null, task = np.zeros((3, 8)), np.zeros(8), np.repeat([0, 1], 4)
     _, without = measured_effects(scores, null, task, 2)
-    replicates = np.full((3, 2, 2), np.nan)
-    replicates[:, 0] = [[0.1, 0.5], [0.2, 0.5], [0.3, 0.5]]
+    replicates = np.full((3, 2, 8), np.nan)
+    replicates[:, 0] = np.repeat([[0.1, 0.5], [0.2, 0.5], [0.3, 0.5]], 4, axis=1)
     _, once = measured_effects(scores, null, task, 2, replicates=replicates)
-    assert once == pytest.approx(without)
-    replicates[:2, 1] = [[0.3, 0.5], [0.2, 0.5]]
+    assert np.array_equal(once, without)
+    replicates[:2, 1] = np.repeat([[0.3, 0.5], [0.2, 0.5]], 4, axis=1)
     _, repeated = measured_effects(scores, null, task, 2, replicates=replicates)
     # Two leaves were repeated: squares 2 * 0.1^2 and 0, one degree of freedom each.
     assert (repeated - without)[:, 0] == pytest.approx([0.005, 0.005, 0.01])
     assert (repeated - without)[:, 1] == pytest.approx(0)
+    replicates[:2, 1] += np.tile([0.1, -0.1], 4)
+    _, noisy = measured_effects(scores, null, task, 2, replicates=replicates)
+    # Row by run: squares 4 * 2 * 0.05^2 for each of the two leaves, 3 degrees of freedom each, over 4 rows.
+    assert (repeated - noisy)[:, 0] == pytest.approx(np.array([1 / 2, 1 / 2, 1]) * 0.02 / 3 / 4)
+    assert (noisy - without)[:, 1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.1])
+@pytest.mark.parametrize("n_runs", [2, 3, 5])
+def test_variances_of_repeated_runs_are_those_of_the_errors(n_runs: int, common: float) -> None:
+    rng = np.random.default_rng(n_runs)
+    errors, variances = [], []
+    for _ in range(100):
+        runs = 0.1 * rng.normal(size=(20, 1, 25)) + common * rng.normal(size=(20, n_runs, 1))
+        runs = runs + 0.4 * rng.normal(size=(20, n_runs, 25))
+        found = measured_effects(runs.mean(axis=1), np.zeros(25), np.zeros(25, int), 1, replicates=runs)
+        errors.append(found[0])
+        variances.append(found[1])
+    assert 0.85 < np.mean(variances) / np.mean(np.square(errors)) < 1.2
 
 
 def test_scores_that_do_not_fit_are_refused() -> None:
@@ -370,6 +389,15 @@ def test_one_similar_leaf_that_explains_everything_does_not_make_the_others_know
     posterior = infer(effects, np.full((12, 4), 0.005**2), measured, hierarchy, similarity=similarity)
     hidden = np.setdiff1d(np.arange(30), measured)
     assert (posterior.sd[hidden] > 0.1 * effects.std(axis=0)).all()
+
+
+def test_similarity_that_is_rounding_alone_says_nothing() -> None:
+    effects, variances, measured, hierarchy = small_case()
+    similarity = 1 - 2e-16 * np.random.default_rng(0).integers(0, 2, (hierarchy.n_leaves, 3))
+    found = infer(effects, variances, measured, hierarchy, similarity=similarity)
+    flat = infer(effects, variances, measured, hierarchy, similarity=np.ones_like(similarity))
+    assert np.array_equal(found.mean, flat.mean)
+    assert np.array_equal(found.sd, flat.sd)
 
 
 @pytest.fixture(params=PRIORS)

@@ -1,7 +1,9 @@
 """The proxy set: the forms it comes in, and what each row then asks and accepts."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -138,9 +140,26 @@ def test_the_digest_tells_proxy_sets_apart(proxy):
         [rows[0] | {"task": "blue"}, *rows[1:]],
         [row | {"task": row["task"].upper()} for row in rows],
         [row | {"choices": [row["answer"], "azure"]} for row in rows],
+        [row | {"level": 0} for row in rows],
+        [row | {"level": int(i == 3)} for i, row in enumerate(rows)],
+        [row | {"table": [[0.0] * 2000]} for row in rows],
+        [row | {"table": [[0.0] * 999 + [i / 9.0] + [0.0] * 1000]} for i, row in enumerate(rows)],
     ]
     digests = {load_proxy(Dataset.from_list(other)).digest for other in others}
     assert len(digests | {base}) == len(others) + 1
+
+
+def test_the_digest_knows_all_numbers_of_an_array_and_no_address(proxy):
+    class Thing:
+        pass
+
+    def digest(value):
+        base = load_proxy(proxy)
+        return replace(base, columns=base.columns | {"extra": [value] * len(base)}).digest
+
+    zeros = np.zeros(4000)
+    assert digest(zeros) == digest(zeros.copy()) != digest(np.eye(1, 4000, 2001)[0])
+    assert digest(Thing()) == digest(Thing()) != digest(1)
 
 
 def test_row_keys_hold_one_digest_for_each_accepted_answer():

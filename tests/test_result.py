@@ -9,6 +9,8 @@ from conftest import make_rows
 from datasets import ClassLabel, Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from trl import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig
 
 import harp_hf
 from harp_hf import HarpConfig, HarpError
@@ -16,8 +18,11 @@ from harp_hf.effects import measured_effects
 from harp_hf.errors import DataError, FinetuneError
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
+from harp_hf.mixture import load_pool
+from harp_hf.pool import content_digest
 from harp_hf.posterior import Posterior, infer
 from harp_hf.saved import load_result
+from harp_hf.sources import Sources
 
 SETTINGS = {"leaf_size": 12, "branching": 2, "max_measurements": 6, "max_steps": 12, "learning_rate": 3e-2,
             "use_cpu": True, "bf16": False}  # fmt: skip
@@ -176,6 +181,14 @@ def test_nothing_to_select_is_said(result):
         idle.select()
     assert len(idle.select(active_tasks="all"))
     assert "0 of 9" in idle.summary()
+    assert idle.explain(3) == result.explain(3) | {"selected": {}}
+    weightless = replace(result, distinguishable=np.array([True, False])).choosing(task_weights={"red": 0})
+    with pytest.raises(HarpError, match="All active tasks have the weight 0"):
+        weightless.select()
+    assert "0 of 9" in weightless.summary()
+    assert weightless.explain(3)["selected"] == {}
+    named = replace(weightless, sources=Sources(["one"], np.zeros(96, int), np.zeros((1, 2)), np.ones((1, 2))))
+    assert named.by_source()[0]["chosen"] == 0
 
 
 def test_a_row_is_explained(result):
@@ -218,6 +231,26 @@ def test_a_saved_result_selects_the_same(result, labelled, tmp_path):
     assert loaded.summary() == changed.summary()
     assert loaded.explain(3) == changed.explain(3)
     assert all(np.array_equal(loaded.measurements.rows[g], rows) for g, rows in result.measurements.rows.items())
+
+
+def test_numbers_of_numpy_are_numbers(result, labelled, tmp_path):
+    changed = result.choosing(budget=np.int64(17), task_weights={"red": np.float32(0.25), "green": np.int64(2)})
+    changed.save(tmp_path)
+    loaded = load_result(tmp_path, labelled)
+    assert loaded.choice == changed.choice == result.choosing(budget=17, task_weights={"red": 0.25, "green": 2}).choice
+
+
+def test_a_measured_mixture_is_split_by_the_seed_of_its_run(result, labelled, tmp_path):
+    labelled.to_parquet(tmp_path / "pool.parquet")
+    mixture = DatasetMixtureConfig(
+        datasets=[DatasetConfig(path="parquet", data_files=str(tmp_path / "pool.parquet"))], test_split_size=0.25
+    )
+    pool, _ = load_pool(mixture, 7)
+    replace(result, digest=content_digest(pool)).save(tmp_path)
+    with pytest.raises(DataError, match="The pool is not the one"):
+        load_result(tmp_path, mixture)
+    (tmp_path / "config.yaml").write_text("seed: 7")
+    assert same(load_result(tmp_path, mixture).pool, pool)
 
 
 def test_a_result_is_loaded_with_its_own_pool_only(result, labelled, tmp_path):
@@ -281,11 +314,10 @@ def test_repeats_make_variances_honest(pool, proxy, features, tiny_model, config
     measured, task = result.measurements, result.task
     assert measured.scores.shape == (3, 2, 16)
     assert measured.cost["finetunes"] == 6
-    replicates = np.stack([measured.scores[:, :, task == d].mean(axis=2) for d in range(2)], axis=2)
-    assert not np.array_equal(replicates[:, 0], replicates[:, 1]), "another seed is another finetune"
+    assert not np.array_equal(measured.scores[:, 0], measured.scores[:, 1]), "another seed is another finetune"
     scores = measured.scores.mean(axis=1)
     effects, plain = measured_effects(scores, measured.null, task, 2)
-    _, honest = measured_effects(scores, measured.null, task, 2, replicates=replicates)
+    _, honest = measured_effects(scores, measured.null, task, 2, replicates=measured.scores)
     assert measured.effects(task, 2)[1] == pytest.approx(honest)
     assert (honest >= plain).all()
     assert (honest > plain).any()

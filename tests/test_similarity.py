@@ -31,9 +31,27 @@ def test_blocks_change_nothing(monkeypatch):
     pool /= np.maximum(np.linalg.norm(pool, axis=1, keepdims=True), 1)
     whole = nearest_rows(pool, pool[:7])
     for query, rows in zip(pool[:7], whole, strict=True):
-        assert rows.tolist() == np.argsort(-(pool @ query), kind="stable")[:50].tolist()
+        tie = np.random.default_rng(0).permutation(400)
+        assert rows.tolist() == np.lexsort((tie, -(pool @ query)))[:50].tolist()
     monkeypatch.setattr(similarity, "_BLOCK", 33)
     assert np.array_equal(nearest_rows(pool, pool[:7]), whole)
+
+
+def test_leaves_that_hold_copies_of_a_row_share_its_votes(monkeypatch):
+    monkeypatch.setattr(similarity, "_BLOCK", 100)
+    pool = directions(np.repeat([0.0, 1.5], 1000))
+    votes = np.concatenate([nearest_rows(pool[:length], pool[:1])[0] for length in range(1000, 2001, 100)])
+    assert len(votes) == 11 * similarity.NEIGHBOURS
+    assert 0.4 < (votes < 500).mean() < 0.6
+
+
+def test_a_task_without_neighbours_is_exactly_alike_everywhere():
+    pool = directions(np.linspace(0, 3, 97))
+    hierarchy = build_hierarchy(pool, leaf_size=7, seed=0)
+    nearest = nearest_rows(pool, np.concatenate([pool[:1], np.zeros((1, 2), np.float32)]))
+    found = leaf_similarity(nearest, hierarchy, np.array([0, 1]), 2)
+    assert np.ptp(found[:, 0]) > 0
+    assert (found[:, 1] == 1).all()
 
 
 def test_a_pool_smaller_than_the_neighbours_is_alike_everywhere():
