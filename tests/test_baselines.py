@@ -30,7 +30,7 @@ from harp_hf.finetune import LeafFinetuner
 from harp_hf.hierarchy import Hierarchy
 from harp_hf.inputs import read_inputs
 from harp_hf.measurements import Measurements
-from harp_hf.posterior import Posterior
+from harp_hf.posterior import Posterior, infer
 from harp_hf.proxy import load_proxy
 from harp_hf.result import Choice
 from harp_hf.rundir import RunDir
@@ -306,13 +306,33 @@ def test_influence_is_that_of_unprojected_gradients(opened, checkpoints):
 
 
 def test_less_prefers_right_rows_and_is_not_measured_twice(opened, monkeypatch):
-    selected = LESS(**FEW).rank(opened, budget=40)
+    selected = LESS(**FEW).rank(opened)
     assert sorted(selected.rows.tolist()) == list(range(96))
     assert np.mean(selected.rows[:40] < 48) > 0.9, "rows 48 and up have wrong answers"
     monkeypatch.setattr("harp_hf.finetune.LeafFinetuner.finetune", None)
-    again = LESS(**FEW).rank(opened)
-    assert again.rows.tolist() == selected.rows.tolist()
+    again = LESS(**FEW).rank(opened, budget=40)
+    assert again.rows[:40].tolist() == selected.rows[:40].tolist()
     assert again.cost == selected.cost
+
+
+def test_tasks_of_less_take_turns_however_large_their_influences(opened, monkeypatch):
+    influence, cost = LESS(**FEW).influences(opened)
+    monkeypatch.setattr("harp_hf.finetune.LeafFinetuner.finetune", None)
+    best = LESS(**FEW, turns=False).rank(opened)
+    assert influence.max(axis=1)[best.rows].tolist() == sorted(influence.max(axis=1), reverse=True)
+    assert best.cost == cost, "the order is no part of what is measured"
+    scaled = np.column_stack([influence[:, 0], 1e-3 * influence[:, 1] - 1])
+    scaled[::3] = -np.inf
+    monkeypatch.setattr(LESS, "influences", lambda self, problem: (scaled, cost))
+    rows = []
+    for step in range(64):
+        rows.append(max((i for i in range(96) if i not in rows), key=lambda i, d=step % 2: scaled[i, d]))
+    assert LESS().rank(opened, 3).rows.tolist() == rows[:3]
+    taken = LESS().rank(opened).rows.tolist()
+    assert taken[:64] == rows
+    assert taken[64:] == list(range(0, 96, 3)), "lost rows come last, each once"
+    first = LESS(turns=False).rank(opened).rows
+    assert scaled[first[:20], 0].tolist() == sorted(scaled[:, 0], reverse=True)[:20], "one task takes all"
 
 
 def test_a_killed_less_continues_where_it_was(opened, tmp_path, monkeypatch):
@@ -442,6 +462,20 @@ def test_measured_only_shares_a_budget_as_harp_does(budget_by):
     assert (whole[:6].tolist() == harp.tolist()) == (budget_by == "leaf")
 
 
+def test_leaves_that_were_not_measured_change_nothing_for_measured_only():
+    phi = [[0.3, -0.1], [0.0, 0.1], [0.25, 0.05]]
+    rankings = [
+        selector("measured-only").rank(problem_with(
+            harp_result([*phi, [0, 0]], (range(3), phi), sizes=(8, 9, 7, size), variant="harp-e")
+        ), 12)
+        for size in (1, 10, 400)
+    ]  # fmt: skip
+    shared = [ranking.rows[:12].tolist() for ranking in rankings]
+    assert shared[0] == shared[1] == shared[2]
+    assert max(shared[0]) < 24
+    assert len(rankings[2].rows) == 424
+
+
 def test_even_rows_are_those_of_harp_without_similarity_inside_leaves():
     result = harp_result(PHI, ([0, 1], PHI[:2]))
     nearest = np.arange(16)[None, ::-1].repeat(8, axis=0)
@@ -473,6 +507,11 @@ def test_exhaustive_is_harp_with_every_leaf_measured(tiny_model, pool, proxy, fe
     )  # fmt: skip
     assert ranking.rows[: ranking.stop].tolist() == whole.chosen()[0].tolist()
     assert np.mean(ranking.rows[: ranking.stop] < 48) > 0.9
+    nested = config(metric="likelihood", active_tasks="all", prior="nested")
+    again = selector("exhaustive").measure(replace(open_problem(given, nested), result=result))
+    expected = infer(*again.measurements.effects(result.task, 2), again.measurements.leaves, result.hierarchy,
+                     prior="nested", similarity=result.similarity)  # fmt: skip
+    assert again.posterior.mean.tolist() == expected.mean.tolist() != whole.posterior.mean.tolist()
 
 
 # --- datamodels

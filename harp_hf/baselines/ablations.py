@@ -12,20 +12,13 @@ from ..execution.local import measure_leaves
 from ..measurements import Measurements
 from ..names import CONTROL
 from ..posterior import Posterior, infer
-from ..priors import Prior
 from ..result import HarpResult
 from .selector import Cost, Problem, Ranking, descending, leaves_to_rows
 
 
 @dataclass(frozen=True)
 class Exhaustive:
-    """Every leaf measured, then HARP as usual: what measuring only a few leaves gives up.
-
-    Attributes:
-        prior (`str`): As in [`HarpConfig`].
-    """
-
-    prior: Prior = "smooth"
+    """Every leaf measured, then HARP as usual: what measuring only a few leaves gives up."""
 
     def rank(self, problem: Problem, budget: int | None = None) -> Ranking:
         """See [`Selector.rank`]; needs `result`, `run`, `finetuner` and `evaluator`. Stops at the best prefix."""
@@ -53,7 +46,7 @@ class Exhaustive:
         n_tasks = len(result.tasks)
         effects, variances = measured.effects(result.task, n_tasks)
         inferred = infer(
-            effects, variances, measured.leaves, result.hierarchy, prior=self.prior, similarity=result.similarity
+            effects, variances, measured.leaves, result.hierarchy, prior=problem.prior, similarity=result.similarity
         )
         active = active_tasks(effects, variances)
         return replace(result, measurements=measured, posterior=inferred, distinguishable=active)
@@ -82,7 +75,8 @@ class TopPhi:
 class MeasuredOnly:
     """The envelope on the measured effects of the measured leaves alone: HARP without a posterior.
 
-    Of the other leaves nothing is known, so their rows follow in random order.
+    Of the other leaves nothing is known, so their rows follow in random order, and the mean row of the pool is that of
+    the measured leaves.
     """
 
     def rank(self, problem: Problem, budget: int | None = None) -> Ranking:
@@ -93,7 +87,9 @@ class MeasuredOnly:
         effects, variances = measured.effects(result.task, len(result.tasks))
         active, weights = _active(result)
         order = greedy(effects[:, active], result.null[active], weights, variant=result.choice.variant)
-        known = Posterior(np.zeros_like(result.posterior.mean), np.zeros_like(result.posterior.sd))
+        sizes, every = result.hierarchy.sizes[measured.leaves], np.ones((result.hierarchy.n_leaves, 1))
+        part = sizes / sizes.sum()
+        known = Posterior(every * (part @ effects), every * np.sqrt(part**2 @ variances))
         known.mean[measured.leaves], known.sd[measured.leaves] = effects, np.sqrt(variances)
         ranking = _ranking(result, replace(order, leaves=measured.leaves[order.leaves]), known, budget)
         others = np.setdiff1d(np.arange(len(problem)), ranking.rows)

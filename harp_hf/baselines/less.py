@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from ..finetune import LeafFinetuner
 from ..rundir import RunDir
 from ..stopping import temporary_folder
 from .gradients import Projection, RowGradients
-from .selector import Cost, Problem, Ranking, descending
+from .selector import Cost, Problem, Ranking, by_turns, descending
 
 if TYPE_CHECKING:
     from ..proxy import ProxySet
@@ -31,28 +31,37 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class LESS:
-    """Influence of a row: max over tasks of sum over checkpoints of rate * mean over proxy rows of cosine similarity.
+    """Influence of a row on a task: sum over checkpoints of rate * mean over proxy rows of cosine similarity.
 
     The cosine is between the Adam direction of the row's gradient and the plain gradient of a proxy row with its first
     answer, both projected. Checkpoints are those at the end of each warm-up epoch; a checkpoint's rate is the mean of
     the learning rates at both ends of its epoch (section 4 of the paper). Rows lost to truncation come last.
+
+    The paper ranks rows by their maximum over the subtasks of one benchmark. Influences on unrelated tasks differ in
+    size, and one or two tasks would take all rows: here tasks take turns, as they do for LESS in Ivison et al. (2025).
 
     Attributes:
         projection (`int`, *optional*): Dimensions of the projection (8192 in the paper); `None` for exact gradients.
         warmup (`float`): Share of the pool that the warm-up trains on.
         warmup_rows (`int`): Rows it trains on at least, where the pool has so many.
         epochs (`int`): Passes of the warm-up, each with a checkpoint.
+        turns (`bool`): Whether tasks take turns, each taking its most influential row still there, as in [`RDS`]; else
+            rows go by their maximum over tasks.
     """
 
     projection: int | None = 4096
     warmup: float = 0.05
     warmup_rows: int = 64
     epochs: int = 4
+    # Not a part of what is measured, so that it has no part in its name.
+    turns: bool = field(default=True, repr=False)
 
     def rank(self, problem: Problem, budget: int | None = None) -> Ranking:
         """See [`Selector.rank`]; needs `run`, `finetuner` and `proxy`, and continues in `run` after a crash."""
-        problem.wanted(budget)
+        wanted = problem.wanted(budget)
         influence, cost = self.influences(problem)
+        if self.turns:
+            return Ranking(by_turns(np.arange(problem.n_tasks), lambda d: influence[:, d], wanted), cost)
         return Ranking(descending(influence.max(axis=1)), cost)
 
     def influences(self, problem: Problem) -> tuple[np.ndarray, Cost]:

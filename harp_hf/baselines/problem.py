@@ -64,4 +64,5 @@ def open_problem(
         finetuner=finetuner,
         evaluator=evaluator,
         result=result,
+        prior=args.prior,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..evaluation.evaluator import Evaluator
     from ..finetune import LeafFinetuner
     from ..hierarchy import Hierarchy
+    from ..priors import Prior
     from ..proxy import ProxySet
     from ..result import HarpResult
     from ..rundir import RunDir
@@ -98,6 +100,7 @@ class Problem:
         finetuner: Gives the finetuner; called only where something is left to do.
         evaluator: Gives the evaluator of the proxy set; called only where something is left to do.
         result (`HarpResult`): What HARP measured on the same pool.
+        prior (`str`): How HARP infers from it, as in [`HarpConfig`].
     """
 
     features: np.ndarray
@@ -112,6 +115,7 @@ class Problem:
     finetuner: Callable[[], LeafFinetuner] | None = None
     evaluator: Callable[[], Evaluator] | None = None
     result: HarpResult | None = None
+    prior: Prior = "smooth"
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or len(self.features) == 0:
@@ -189,3 +193,41 @@ def leaves_to_rows(hierarchy: Hierarchy, leaves: Iterable[int]) -> np.ndarray:
 def descending(values: np.ndarray) -> np.ndarray:
     """Indices by descending value, ties by ascending index."""
     return np.argsort(-np.asarray(values, np.float64), kind="stable").astype(np.int64)
+
+
+def by_turns(task: np.ndarray, scores: Callable[[int], np.ndarray], wanted: int) -> np.ndarray:
+    """Rows that tasks take by turns, and within a task its queries; each takes its best row still there.
+
+    Args:
+        task: (q,) task of each query, 0..D-1, none left out.
+        scores: Gives the scores of all n rows for a query; ties go to the smaller row.
+        wanted: How many rows, at most n.
+    """
+    turns = [deque(np.flatnonzero(task == d).tolist()) for d in range(int(task.max()) + 1)]
+    # A query rarely looks further than this; where it must, the rows that are left are ranked for it again.
+    depth = 4 * wanted // len(task) + 16
+    best: dict[int, deque[int]] = {}
+    taken: set[int] = set()
+    rows: list[int] = []
+    while len(rows) < wanted:
+        turn = turns[len(rows) % len(turns)]
+        query = turn[0]
+        turn.rotate(-1)
+        queue = best.setdefault(query, deque())
+        while queue and queue[0] in taken:
+            queue.popleft()
+        if not queue:
+            queue.extend(_best(scores(query), rows, depth))
+        rows.append(queue.popleft())
+        taken.add(rows[-1])
+    return np.array(rows, np.int64)
+
+
+def _best(scores: np.ndarray, taken: list[int], count: int) -> list[int]:
+    """The `count` best rows that are not taken, best first, ties by row."""
+    left = np.delete(np.arange(len(scores)), taken)
+    scores = scores[left]
+    if count < len(left):
+        near = scores >= np.partition(scores, len(scores) - count)[len(scores) - count]
+        left, scores = left[near], scores[near]
+    return left[descending(scores)][:count].tolist()
