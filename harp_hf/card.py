@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -13,6 +14,8 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .envelopes import predict_interval
 from .rundir import RunDir
@@ -56,15 +59,24 @@ def read_run(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     return run.read_yaml("config.yaml"), manifest
 
 
-def figures(path: Path | None) -> list[Path]:
-    """The figures of a run directory."""
-    return sorted((path / "result").glob("*.png")) if path is not None else []
+def figures(result: HarpResult) -> list[Path]:
+    """The figures of the run directory, which show its own choice in both variants; none for another choice."""
+    if result.path is None:
+        return []
+    known = RunDir(result.path).read_json("result/result.json")["choice"]
+    asked = json.loads(json.dumps(asdict(result.choice))) | {"variant": known["variant"]}
+    return sorted((result.path / "result").glob("*.png")) if asked == known else []
 
 
 def hub_name(name: str | None) -> str | None:
     """`name` if it can be that of a repository on the Hub and is not a file or folder here."""
-    named = name and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
-    return name if named else None
+    if not name or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if Path(name).exists() else name
 
 
 def model_name(config: dict[str, Any], manifest: dict[str, Any]) -> str:
@@ -145,7 +157,7 @@ def describe(
         variant=result.choice.variant.upper(), budget=result.choice.budget, weights=result.choice.task_weights,
         tasks=_scores(result, leaves), sample=_sample(rows), notes=result.posterior.notes,
         sources=_by_source(result), most_sources=_SOURCES,
-        figures=[{"title": f.stem, "path": f"figures/{quote(f.name)}"} for f in figures(result.path)],
+        figures=[{"title": f.stem, "path": f"figures/{quote(f.name)}"} for f in figures(result)],
         finetunes=f"{cost['finetunes']:.0f}", seconds={k: f"{v:,.0f}" for k, v in result.seconds.items()},
         tokens_training=f"{cost['tokens_training']:,.0f}", tokens_evaluation=f"{cost['tokens_evaluation']:,.0f}",
         config=written, missing=[name for name in needed if name not in settings], digest=result.digest[:16],

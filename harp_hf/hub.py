@@ -47,8 +47,9 @@ def push(
 
     The rows become the split "train" of the default configuration. On a card that is there already, its metadata and
     all text outside the section between the two `harp-hf` comments stay; our tags are added, and a licence is only
-    set where there is none. Figures (`result/*.png` of the run directory) and the settings (`harp.yaml`) go with it.
-    A push that broke off is simply made again.
+    set where there is none. The settings (`harp.yaml`) go with it, and the figures of the report (`result/*.png` of
+    the run directory) where the choice is the run's own, which they show, in either variant. A push that broke off is
+    simply made again.
 
     Args:
         result: What a run knows.
@@ -86,9 +87,8 @@ def push(
     with _one_sentence(repo_id, revision, token, "the card was pushed, after the rows"):
         there = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=pushed.oid, token=token)
         card = DatasetCard.load(there)
-    ours = describe(
-        result, rows, repo_id, source=source or dataset_name, licence=licence.get("license"), revision=revision
-    )
+    licences = ", ".join(map(str, _several(licence.get("license"))))
+    ours = describe(result, rows, repo_id, source=source or dataset_name, licence=licences, revision=revision)
     _merge_data(card.data, source, licence, hub_name(model_name(config, manifest)))
     card.text = merge_text(card.text, ours)
     files = {"README.md": str(card), "harp.yaml": dump(recipe(result, config)) + "\n"}
@@ -96,7 +96,7 @@ def push(
     for name, text in files.items():
         files[name] = text.replace(token, "(a token)").replace(escape(token), "(a token)")
     additions = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
-    additions += [CommitOperationAdd(f"figures/{path.name}", path) for path in figures(result.path)]
+    additions += [CommitOperationAdd(f"figures/{path.name}", path) for path in figures(result)]
     with _one_sentence(repo_id, revision, token, "the card was pushed, after the rows"):
         api.create_commit(
             repo_id, additions, commit_message=f"{message}: card", repo_type="dataset", revision=revision,
@@ -148,13 +148,17 @@ def _look_up(api: HfApi, source: str | None) -> tuple[str | None, dict[str, Any]
 
 def _merge_data(data: Any, source: str | None, licence: dict[str, Any], model: str | None) -> None:
     for name, values in (("tags", TAGS), ("source_datasets", [source]), ("base_model", [model])):
-        known = data.get(name) or []
-        known = known if isinstance(known, list) else [known]
+        known = _several(data.get(name))
         if added := [value for value in values if value and value not in known]:
             data[name] = known + added
     if not data.get("license"):
         for name, value in licence.items():
             data[name] = value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _several(value: Any) -> list[Any]:
+    """What a card gives as a list, as one thing alone, or not at all."""
+    return value if isinstance(value, list) else [value] if value else []
 
 
 @contextmanager

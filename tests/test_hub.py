@@ -188,6 +188,27 @@ def test_card_metadata_says_where_the_rows_come_from(client, hub):
     assert known["dataset_info"]["splits"][0]["num_examples"] > 0
 
 
+@pytest.mark.parametrize(
+    ("licence", "known", "shown"), [("[mit]", "mit", "mit"), ("[mit, cc0-1.0]", ["mit", "cc0-1.0"], "mit, cc0-1.0")]
+)
+def test_licences_are_named_one_by_one(client, hub, licence, known, shown):
+    hub.create(f"maker/{len(licence)}", card=f"---\nlicense: {licence}\n---\n")
+    client(push(f"me/licence{len(licence)}", f"dataset_name='maker/{len(licence)}'"))
+    text = hub.repos[f"me/licence{len(licence)}"].card()
+    assert metadata(text)["license"] == known
+    assert ["licence", shown] in [[text_of(cell) for cell in row] for row in tables(rendered(text))[0]]
+
+
+@pytest.mark.parametrize(
+    "path", ["daten/größe.jsonl", "data/train--v2.jsonl", "data/pool..x", "a/" + 300 * "b", "a/b."]
+)
+def test_paths_that_are_no_names_on_the_hub_are_not_looked_up_there(client, hub, path):
+    assert card.hub_name(path) is None
+    assert card.hub_name("maker/pool") == "maker/pool"
+    client(push("me/paths", f"budget=5, dataset_name={path!r}"))
+    assert "license" not in metadata(hub.repos["me/paths"].card())
+
+
 def test_rendered_card_has_every_section_and_whole_tables(client, hub, result):
     client(push("me/page", "variant='harp-c'"))
     page = rendered(hub.repos["me/page"].card())
@@ -297,10 +318,13 @@ def test_figures_of_the_run_are_pushed_and_shown(client, hub, run):
     figure = run / "result" / "effects of leaves.png"
     figure.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
     try:
-        client(push("me/figures"))
+        client(push("me/figures", "variant='harp-e'"))
+        client(push("me/others", "budget=7"))
     finally:
         figure.unlink()
-    repo = hub.repos["me/figures"]
+    repo, others = hub.repos["me/figures"], hub.repos["me/others"]
+    assert not any("figures" in name for name in others.files()), "they show another choice"
+    assert "figures/" not in others.card()
     assert repo.files()["figures/effects of leaves.png"].content.startswith(b"\x89PNG")
     assert '<img src="figures/effects%20of%20leaves.png"' in rendered(repo.card())
     assert len(client(load("me/figures"))[1]) > 0, "figures are no data"
