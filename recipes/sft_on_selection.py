@@ -1,29 +1,19 @@
-"""Finetune on a selection with TRL, from the Hub or from disk, on all of it or on its best rows.
+"""Finetune on a selection with TRL, from the Hub or from disk: what `trl sft` does, in Python to build on.
 
     python recipes/sft_on_selection.py --config recipes/sft_on_selection.yaml --dataset_name me/my-selection
-    python recipes/sft_on_selection.py --config recipes/sft_on_selection.yaml \
-        --dataset_name runs/first/result/harp-c --best_rows 200
+    python recipes/sft_on_selection.py --config recipes/sft_on_selection.yaml --dataset_name runs/first/result/harp-c
 
-Takes the flags and YAML keys of `trl sft`, and `--best_rows`. A selection stands in greedy order, so that its first
-rows are the best of it.
+Takes the flags and YAML keys of `trl sft`. For fewer rows let HARP choose anew, with `harp-hf cut --budget 200` or
+`result.select(budget=200)`: a selection stands leaf by leaf, and its first rows serve a task or two.
 """
-
-from dataclasses import dataclass, field
 
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 
-@dataclass
-class SelectionArguments(ScriptArguments):
-    best_rows: int | None = field(default=None, metadata={"help": "Train on that many of the first rows only."})
-
-
 def main() -> None:
-    script, args, model = TrlParser((SelectionArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    script, args, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
     rows = load_dataset(script.dataset_name, split=script.dataset_train_split)
-    if script.best_rows is not None:
-        rows = rows.select(range(min(script.best_rows, len(rows))))
     trainer = SFTTrainer(
         model=model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model)
     )

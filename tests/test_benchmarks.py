@@ -97,6 +97,21 @@ def test_quality_is_complete_and_makes_nothing_twice(quality, made, capsys):
     assert str(folder) not in (folder / "quality.json").read_text(), "results tell nothing of the machine"
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [("quality", ["--equal_compute", "rds", "--selectors", "rds"], "--equal_compute needs harp-c or harp-e"),
+     ("scale", ["--folder", "x"], "--results is needed")],
+)  # fmt: skip
+def test_flags_that_lack_something_say_what(disk, tmp_path, monkeypatch, capsys, name, flags, told):
+    monkeypatch.chdir(tmp_path)
+    rest = [*disk[1], "--test", "t", "--output_dir", "o", "--results", "r"] if name == "quality" else []
+    with pytest.raises(SystemExit) as stopped:
+        run(name, *rest, *flags)
+    assert stopped.value.code == 2
+    assert f": error: {told}" in capsys.readouterr().err.replace("argument ", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quality_compares_what_it_says(quality):
     known = json.loads((quality[0] / "quality.json").read_text())
     found = {(r["comparison"], r["selector"], r["seed"]): r for r in known["results"]}

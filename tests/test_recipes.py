@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -161,11 +162,11 @@ def test_trl_sft_takes_a_selection_from_disk(walked, folder, shell):
 
 @pytest.mark.launch
 @pytest.mark.parametrize("source", ["me/my-selection", "runs/path/result/harp-c"])
-def test_sft_on_selection_script_trains_on_the_best_rows(walked, folder, shell, source):
-    out = f"runs/best/{source}"
-    command = "python recipes/sft_on_selection.py --config recipes/sft_on_selection.yaml --best_rows 9"
+def test_sft_on_selection_script_trains_on_the_selection(walked, folder, shell, source):
+    out, rows = f"runs/script/{source}", len(pq.read_table(folder / "runs/path/result/harp-c/train.parquet"))
+    command = "python recipes/sft_on_selection.py --config recipes/sft_on_selection.yaml --num_train_epochs 1"
     output = shell(f"{command} --dataset_name {source} --output_dir {out}")
-    assert f"Finetuning HuggingFaceTB/SmolLM2-135M-Instruct on 9 rows of {source}." in output
+    assert f"Finetuning HuggingFaceTB/SmolLM2-135M-Instruct on {rows} rows of {source}." in output
     assert re.search(rf"Adapter written to {out}; mean loss \d+\.\d+\.", output)
     assert adapter_learned(folder / out)
 

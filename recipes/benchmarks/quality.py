@@ -197,7 +197,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--selectors", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
     parser.add_argument(
         "--equal_compute", nargs="*", choices=list(SELECTORS), metavar="NAME",
-        help="selectors to run at equal compute too (default: those that do not start from HARP's measurements)",
+        help="selectors to run at HARP's compute too, if any (default: those that do not start from its measurements)",
     )  # fmt: skip
     parser.add_argument(
         "--options", type=json.loads, default={}, metavar="JSON",

@@ -274,7 +274,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--measured", type=int, default=180, help="Leaves measured.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cell", choices=METHODS, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    if not (asked.results or asked.cell):
+        parser.error("--results is needed: the file that keeps every line of the tables")
+    return asked
 
 
 if __name__ == "__main__":
