@@ -17,7 +17,7 @@ from datasets import Dataset
 from .config import HarpConfig
 from .errors import FinetuneError, HarpError
 from .evaluation.backends import open_evaluator
-from .evaluation.scoring import Metric, describe_metrics, resolve_metrics
+from .evaluation.scoring import Metric, describe_metrics, identify_metrics, resolve_metrics
 from .finetune import (
     LeafFinetuner,
     default_peft_config,
@@ -106,7 +106,8 @@ class Trials:
             for place in range(len(metrics)) if len(self._own(place))
         })  # fmt: skip
         settings = {k: v for k, v in changed_settings(args).items() if k not in _NOT_OF_A_TRIAL}
-        described = [describe_model(model), describe_peft(adapter), tokenizer.chat_template, self.metrics, settings]
+        metrics = [identify_metrics(metric) for metric in self._metrics]
+        described = [describe_model(model), describe_peft(adapter), tokenizer.chat_template, metrics, settings]
         self._settings = f"{test.digest} {described!r}"
 
     def run(self, rows: np.ndarray, seed: int, epochs: float, name: str) -> Trial:

@@ -196,6 +196,22 @@ def test_trials_score_by_every_metric_and_finetune_once(pool, proxy, tiny_model,
     assert len(made) == 4, "other rows, another seed or other epochs are another trial"
 
 
+def test_a_function_with_another_source_is_another_trial(pool, proxy, tiny_model, tmp_path, made, config):
+    def scored(score):
+        trials = Trials(RunDir(tmp_path / "run"), pool, load_proxy(proxy), tiny_model, config(), metrics=[score])
+        return trials.run(np.arange(24), 0, 1.0, "red").scores.mean()
+
+    def score(completions, **columns):
+        return [0.5] * len(completions)
+
+    assert [scored(score), scored(score), len(made)] == [0.5, 0.5, 1]
+
+    def score(completions, **columns):
+        return [0.25] * len(completions)
+
+    assert [scored(score), len(made)] == [0.25, 2]
+
+
 def test_a_swallowed_signal_ends_the_work_after_the_trial(pool, proxy, tiny_model, tmp_path, monkeypatch, config):
     trials = Trials(RunDir(tmp_path / "run"), pool, load_proxy(proxy), tiny_model, config(), metrics=["exact_match"])
     make = Trials._make
