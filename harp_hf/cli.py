@@ -184,7 +184,7 @@ def _inputs(script: Any, args: HarpConfig, model: ModelConfig) -> tuple[Any, ...
         raise ConfigError("A pool is read several times: --dataset_streaming cannot be used.")
     if not model.use_peft:
         raise ConfigError("Leaf finetunes are adapters: --use_peft cannot be switched off.")
-    args.model_init_kwargs = model_kwargs(model) | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model_kwargs(model) | (args.model_init_kwargs or {}) or None
     pool: Any = DatasetMixtureConfig(script.datasets, script.streaming, script.test_split_size)
     if not script.datasets:
         pool = main_first(lambda: load_rows(

@@ -28,7 +28,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[HarpConfig, ModelConfig]:
     # As on the command line: a leaf finetune is a LoRA, and its dtype follows bf16 unless asked for.
     given = {name: value for name, value in config.items() if name in known[1]}
     model = ModelConfig(**({"use_peft": True, "dtype": None} | given))
-    args.model_init_kwargs = model_kwargs(model) | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model_kwargs(model) | (args.model_init_kwargs or {}) or None
     return args, model
 
 
@@ -57,13 +57,14 @@ def changed_settings(args: HarpConfig) -> dict[str, Any]:
 
 
 def model_kwargs(model: ModelConfig) -> dict[str, Any]:
-    """How the model is loaded."""
-    return {
-        "revision": model.model_revision,
+    """How the model is loaded, as far as it is not the usual way."""
+    given = {
+        "revision": model.model_revision if model.model_revision != ModelConfig.model_revision else None,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         "quantization_config": get_quantization_config(model),
     }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def adapter(model: ModelConfig) -> PeftConfig:

@@ -106,8 +106,8 @@ class Trials:
             for place in range(len(metrics)) if len(self._own(place))
         })  # fmt: skip
         settings = {k: v for k, v in changed_settings(args).items() if k not in _NOT_OF_A_TRIAL}
-        metrics = [identify_metrics(metric) for metric in self._metrics]
-        described = [describe_model(model), describe_peft(adapter), tokenizer.chat_template, metrics, settings]
+        scoring = [identify_metrics(metric) for metric in self._metrics]
+        described = [describe_model(model), describe_peft(adapter), tokenizer.chat_template, scoring, settings]
         self._settings = f"{test.digest} {described!r}"
 
     def run(self, rows: np.ndarray, seed: int, epochs: float, name: str) -> Trial:

@@ -10,6 +10,9 @@ import pytest
 from conftest import make_rows
 from datasets import Dataset, load_dataset
 
+from harp_hf import cli
+from harp_hf.finetune import LeafFinetuner
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 # The tiny model has random weights and learns nothing at the learning rate of a real one.
 EXAMPLES = README.replace("1e-3", "3e-2")
@@ -44,7 +47,15 @@ def folder(tmp_path, monkeypatch, tiny_model):
     return tmp_path
 
 
-def test_python_examples(folder):
+@pytest.fixture
+def made(monkeypatch):
+    """Finetunes made."""
+    finetunes, real = [], LeafFinetuner.finetune
+    monkeypatch.setattr(LeafFinetuner, "finetune", lambda *given: (finetunes.append(given), real(*given))[1])
+    return finetunes
+
+
+def test_examples(folder, made, capsys):
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.DOTALL):
         exec(compile(block, "README.md", "exec"), namespace)
@@ -60,16 +71,16 @@ def test_python_examples(folder):
         expected = [column.replace("<task>", task) for task in ("red", "green")]
         assert set(expected) <= set(small.column_names)
 
-
-def test_command_line_examples(folder, capsys):
-    from harp_hf.cli import main
-
+    # The command line goes on with the run that Python made.
+    measured = len(made)
+    assert measured == len(namespace["result"].measurements.leaves) + 1
     block = next(b for b in re.findall(r"```bash\n(.*?)```", EXAMPLES, flags=re.DOTALL) if "harp-hf cut" in b)
     lines = [line.split("  #")[0] for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("harp-hf")]
     assert [command[0] for command in commands] == ["select", "cut", "report", "push"]
     for command in commands[:3]:
-        main(command)
+        cli.main(command)
+    assert len(made) == measured
     assert (folder / "runs" / "first" / "result" / "report.html").is_file()
     assert "predicts" in capsys.readouterr().out
     for variant in ("harp-c", "harp-e"):
