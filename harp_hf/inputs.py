@@ -18,7 +18,9 @@ from .config import HarpConfig
 from .errors import ConfigError, DataError
 from .evaluation.scoring import Metric, identify_metrics, resolve_metrics
 from .features import describe_features
-from .finetune import (
+from .manifest import describe_settings, describe_versions
+from .mixture import load_pool, read_labels
+from .models import (
     check_adapter,
     default_peft_config,
     describe_model,
@@ -27,8 +29,6 @@ from .finetune import (
     load_tokenizer,
     prepare_tokenizer,
 )
-from .manifest import describe_settings, describe_versions
-from .mixture import load_pool, read_labels
 from .null_scores import read_null_scores
 from .pool import check_pool, read_contents
 from .proxy import ProxySet, load_proxy

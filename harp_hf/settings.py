@@ -13,8 +13,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .config import HarpConfig
 from .errors import ConfigError, reason
-from .finetune import default_peft_config
 from .manifest import describe_call, describe_settings
+from .models import default_peft_config
 
 
 def read_settings(config: Mapping[str, Any]) -> tuple[HarpConfig, ModelConfig]:

@@ -18,8 +18,8 @@ from .config import HarpConfig
 from .errors import FinetuneError, HarpError
 from .evaluation.backends import open_evaluator
 from .evaluation.scoring import Metric, describe_metrics, identify_metrics, resolve_metrics
-from .finetune import (
-    LeafFinetuner,
+from .finetune import LeafFinetuner
+from .models import (
     default_peft_config,
     describe_model,
     describe_peft,

@@ -19,8 +19,8 @@ from rich.table import Table
 from .config import HarpConfig, check_whole
 from .errors import ConfigError, DataError, HarpError
 from .evaluation.scoring import Metric
-from .finetune import describe_model, describe_tokenizer, load_tokenizer, prepare_tokenizer
 from .intervals import mean_intervals
+from .models import describe_model, describe_tokenizer, load_tokenizer, prepare_tokenizer
 from .pool import read_contents
 from .proxy import ProxySet, load_proxy
 from .result import HarpResult

@@ -16,7 +16,8 @@ from harp_hf import HarpConfig
 from harp_hf.errors import DataError
 from harp_hf.evaluation.scoring import identify_metrics, last_number, resolve_metrics, score_text
 from harp_hf.evaluation.transformers import TransformersEvaluator
-from harp_hf.finetune import LeafFinetuner, default_peft_config, load_model, load_tokenizer
+from harp_hf.finetune import LeafFinetuner
+from harp_hf.models import default_peft_config, load_model, load_tokenizer
 from harp_hf.proxy import load_proxy
 
 LONG = {"red": "crimson red", "green": "emerald", "blue": "azure of the blue"}

@@ -14,16 +14,9 @@ from trl import SFTTrainer
 import harp_hf
 from harp_hf import HarpConfig
 from harp_hf.errors import ConfigError, DataError, FinetuneError
-from harp_hf.finetune import (
-    LeafFinetuner,
-    LeafTrainer,
-    check_adapter,
-    default_peft_config,
-    describe_tokenizer,
-    load_model,
-    load_tokenizer,
-)
+from harp_hf.finetune import LeafFinetuner, LeafTrainer
 from harp_hf.manifest import describe_call, describe_settings
+from harp_hf.models import check_adapter, default_peft_config, describe_tokenizer, load_model, load_tokenizer
 
 
 def digest(model):

@@ -35,9 +35,10 @@ from harp_hf.errors import ConfigError, DataError, RunDirError
 from harp_hf.evaluation.rows import ProxyRows
 from harp_hf.evaluation.scoring import METRICS, last_number, score_text
 from harp_hf.features import load_features, load_proxy_features
-from harp_hf.finetune import LeafFinetuner, default_peft_config, load_model, load_tokenizer
+from harp_hf.finetune import LeafFinetuner
 from harp_hf.hierarchy import build_hierarchy
 from harp_hf.manifest import describe_call
+from harp_hf.models import default_peft_config, load_model, load_tokenizer
 from harp_hf.null_scores import read_null_scores
 from harp_hf.pool import check_pool, content_digest, load_rows, read_contents, training_columns
 from harp_hf.proxy import load_proxy

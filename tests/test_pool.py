@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 import harp_hf
 from harp_hf.errors import DataError
-from harp_hf.finetune import LeafFinetuner, default_peft_config, load_model
+from harp_hf.finetune import LeafFinetuner
+from harp_hf.models import default_peft_config, load_model
 from harp_hf.pool import check_pool, content_digest, load_rows, read_contents, row_key, row_parts
 
 PAIRS = [

@@ -23,8 +23,9 @@ from harp_hf.evaluation.scoring import resolve_metrics
 from harp_hf.evaluation.vllm import max_rank
 from harp_hf.execution.local import measure_leaves
 from harp_hf.execution.record import measurement_file
-from harp_hf.finetune import Finetune, LeafFinetuner, default_peft_config, load_model, load_tokenizer
+from harp_hf.finetune import Finetune, LeafFinetuner
 from harp_hf.manifest import describe_settings
+from harp_hf.models import default_peft_config, load_model, load_tokenizer
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
 

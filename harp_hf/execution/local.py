@@ -12,7 +12,8 @@ import numpy as np
 from ..errors import FinetuneError, HarpError
 from ..evaluation.evaluator import Evaluator
 from ..faults import contained, free_memory
-from ..finetune import LeafFinetuner, lent
+from ..finetune import LeafFinetuner
+from ..models import lent
 from ..names import leaf_name
 from ..processes import from_main
 from ..rundir import RunDir

@@ -7,7 +7,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..evaluation.backends import open_evaluator
-from ..finetune import LeafFinetuner, load_model, shards
+from ..finetune import LeafFinetuner
+from ..models import load_model, shards
 
 if TYPE_CHECKING:
     from datasets import Dataset

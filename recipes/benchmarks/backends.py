@@ -20,7 +20,8 @@ import numpy as np
 from harp_hf import HarpConfig
 from harp_hf.evaluation.backends import open_evaluator
 from harp_hf.evaluation.scoring import METRICS, resolve_metrics
-from harp_hf.finetune import LeafFinetuner, default_peft_config, load_model, load_tokenizer
+from harp_hf.finetune import LeafFinetuner
+from harp_hf.models import default_peft_config, load_model, load_tokenizer
 from harp_hf.pool import load_rows
 from harp_hf.proxy import load_proxy
 

@@ -42,15 +42,8 @@ from harp_hf.evaluation.rows import ProxyRows
 from harp_hf.evaluation.scoring import resolve_metrics
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.faults import free_memory
-from harp_hf.finetune import (
-    LeafFinetuner,
-    LeafTrainer,
-    describe_model,
-    describe_peft,
-    load_model,
-    load_tokenizer,
-    prepare_tokenizer,
-)
+from harp_hf.finetune import LeafFinetuner, LeafTrainer
+from harp_hf.models import describe_model, describe_peft, load_model, load_tokenizer, prepare_tokenizer
 from harp_hf.pool import content_digest, load_rows, training_columns
 from harp_hf.proxy import ProxySet, load_proxy
 from harp_hf.quiet import quiet

@@ -29,8 +29,8 @@ from harp_hf.baselines.ablations import spent
 from harp_hf.baselines.problem import open_problem
 from harp_hf.envelopes import VARIANTS
 from harp_hf.errors import HarpError
-from harp_hf.finetune import describe_model, describe_peft
 from harp_hf.inputs import read_inputs
+from harp_hf.models import describe_model, describe_peft
 from harp_hf.pool import load_rows
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
