@@ -282,6 +282,8 @@ class HarpConfig(SFTConfig):
             raise ConfigError("`active_tasks` is empty: use 'auto', 'all' or the names of tasks.")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise ConfigError("A leaf finetune has no steps: set `max_steps` (or `num_train_epochs`) above 0.")
+        if self.packing and self.max_length is None:
+            raise ConfigError("`packing` needs a `max_length`.")
         if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
             raise ConfigError("`skip_prepare_dataset` cannot be used: TRL tokenises the pool once for all finetunes.")
 

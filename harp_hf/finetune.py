@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from .config import HarpConfig
 from .errors import ConfigError, DataError, FinetuneError, reason
 from .faults import contained, unchanged
-from .models import model_kwargs, shards
+from .models import load_kwargs, shards
 from .pool import training_columns
 from .processes import mean
 from .quiet import quiet
@@ -134,7 +134,7 @@ class LeafFinetuner:
         args = self._leaf_args(seed)
         args.run_name = run_name(args, adapter.name)
         args.assistant_only_loss = False  # the labels have it already
-        if args.padding_free:  # the pool is truncated already, and no token of a batch is padding
+        if args.padding_free and not args.packing:  # the pool is truncated already, and no token of a batch is padding
             args.max_length, args.include_num_input_tokens_seen = None, "all"
         kept = np.flatnonzero(np.isin(self._row, rows))
         if len(kept) == 0:
@@ -165,7 +165,7 @@ class LeafFinetuner:
         args.seed = seed
         args.eval_strategy, args.eval_on_start = type(args.eval_strategy)("no"), False
         args.push_to_hub = False
-        args.model_init_kwargs = model_kwargs(self.args) if isinstance(self.model, str) else None
+        args.model_init_kwargs = load_kwargs(self.args) if isinstance(self.model, str) else None
         args.logging_nan_inf_filter = False
         # Ours says how much harp_hf tells; a trainer would tell as much of every leaf.
         args.log_level = "debug" if args.log_level == "debug" else "passive"

@@ -88,7 +88,7 @@ def load_model(model: str | PreTrainedModel, args: HarpConfig) -> PreTrainedMode
     if not isinstance(model, str):
         placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
         return model if placed else model.to(args.device)
-    kwargs = model_kwargs(args)
+    kwargs = load_kwargs(args)
     # Also where the trainers shard the model, this one is whole.
     zero = args.deepspeed_plugin
     with zero.zero3_init_context_manager(enable=False) if zero is not None else nullcontext():
@@ -114,7 +114,8 @@ def lent(model: str | PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def model_kwargs(args: HarpConfig) -> dict[str, Any]:
+def load_kwargs(args: HarpConfig) -> dict[str, Any]:
+    """What `from_pretrained` is given for the base model."""
     given = {k: v for k, v in (args.model_init_kwargs or {}).items() if v is not None}
     return {"dtype": torch.bfloat16 if args.bf16 else torch.float32} | given
 

@@ -193,6 +193,7 @@ BAD_SETTINGS = {
     "no repeats": ({"num_repeats": 0}, "`num_repeats` must be a whole number of at least 1"),
     "no steps": ({"max_steps": 0, "num_train_epochs": 0}, "no steps: set `max_steps`"),
     "no active tasks": ({"active_tasks": []}, "`active_tasks` is empty"),
+    "packing into nothing": ({"packing": True, "max_length": None}, "`packing` needs a `max_length`"),
     "no preparation": (
         {"dataset_kwargs": {"skip_prepare_dataset": True}},
         "`skip_prepare_dataset` cannot be used: TRL tokenises",

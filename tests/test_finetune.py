@@ -293,12 +293,14 @@ def test_settings_of_trl_that_look_at_the_raw_rows_serve_leaves_too(tiny_model, 
     assert finetuner.finetune(np.arange(24), 0, tmp_path / "a").steps == 2
 
 
+@pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-def test_packed_leaves_have_their_effort_in_tokens(tiny_model, config, tmp_path, strategy):
+def test_packed_leaves_have_their_effort_in_tokens(tiny_model, config, tmp_path, strategy, free):
     rows = Dataset.from_list(
         [{"prompt": "say the red of w1 " * (1 + n % 3), "completion": " crimson"} for n in range(60)]
     )
-    args = config(max_steps=2, per_device_train_batch_size=2, max_length=16, packing=True, packing_strategy=strategy)
+    args = config(max_steps=2, per_device_train_batch_size=2, max_length=16, packing=True, packing_strategy=strategy,
+                  padding_free=free)  # fmt: skip
     finetuner = LeafFinetuner(
         load_model(tiny_model, args), rows, args, default_peft_config(), load_tokenizer(tiny_model, args)
     )
