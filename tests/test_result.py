@@ -56,7 +56,7 @@ def frozen(monkeypatch):
         raise AssertionError("a model was used")
 
     monkeypatch.setattr("harp_hf.execution.tools.load_model", never)
-    monkeypatch.setattr("harp_hf.finetune.AutoModelForCausalLM.from_pretrained", never)
+    monkeypatch.setattr("harp_hf.models.AutoModelForCausalLM.from_pretrained", never)
     monkeypatch.setattr(LeafFinetuner, "finetune", never)
     monkeypatch.setattr(TransformersEvaluator, "evaluate", never)
 
