@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTTrainer
 
 from .config import HarpConfig
@@ -52,7 +52,11 @@ class LeafTrainer(SFTTrainer):
     ) -> Any:
         """The same loss as `SFTTrainer`'s; whatever is not plain likelihood on a CPU is left to it."""
         args = self.args
-        plain = args.loss_type == "nll" and not args.label_smoothing_factor and not self.aux_loss_enabled
+        if num_items_in_batch is not None:
+            num_items_in_batch = max(num_items_in_batch, 1)  # a batch may have nothing to learn
+        plain = (
+            args.loss_type in ("nll", "chunked_nll") and not args.label_smoothing_factor and not self.aux_loss_enabled
+        )
         if return_outputs or not plain or args.world_size > 1 or inputs["labels"].device.type != "cpu":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
@@ -61,8 +65,8 @@ class LeafTrainer(SFTTrainer):
         logits = model(**rest, use_cache=False, logits_to_keep=columns).logits.float()
         targets = labels[:, columns]
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum()
-        return total / max(count, 1)
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum().clamp(min=1)
+        return total / count
 
 
 class LeafFinetuner:
@@ -176,6 +180,7 @@ class LeafFinetuner:
     def _trainer(self, args: HarpConfig, rows: Dataset) -> Iterator[LeafTrainer]:
         """A trainer with a fresh adapter, which is taken off the base model again."""
         with self._restored():
+            set_seed(args.seed)  # TRL before 1.15 makes the adapter before it does so itself
             trainer = LeafTrainer(
                 model=self.model, args=args, train_dataset=rows, processing_class=self.processing_class,
                 peft_config=copy.deepcopy(self.peft_config),

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from tokenizers import normalizers, processors
+from transformers import set_seed
 from trl import SFTTrainer
 
 import harp_hf
@@ -241,6 +242,7 @@ def test_loss_on_a_cpu_is_that_of_sft_trainer(tiny_model, pool, config, completi
     losses = []
     for trainer_class in (SFTTrainer, LeafTrainer):
         args = config(max_steps=3, completion_only_loss=completion_only)
+        set_seed(args.seed)
         trainer = trainer_class(
             model=load_model(tiny_model, args), args=args, train_dataset=pool, peft_config=default_peft_config(),
             processing_class=load_tokenizer(tiny_model, args),
