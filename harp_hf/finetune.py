@@ -180,7 +180,7 @@ class LeafFinetuner:
     def _trainer(self, args: HarpConfig, rows: Dataset) -> Iterator[LeafTrainer]:
         """A trainer with a fresh adapter, which is taken off the base model again."""
         with self._restored():
-            set_seed(args.seed)  # TRL before 1.15 makes the adapter before it does so itself
+            set_seed(args.seed)  # TRL 1.14 makes the adapter before it does so itself
             trainer = LeafTrainer(
                 model=self.model, args=args, train_dataset=rows, processing_class=self.processing_class,
                 peft_config=copy.deepcopy(self.peft_config),

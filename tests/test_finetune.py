@@ -55,12 +55,20 @@ def test_base_weights_and_outputs_are_unchanged_by_finetunes(finetuner, tmp_path
     assert not any(p.requires_grad for p in finetuner.model.parameters())
 
 
-def test_gradient_checkpointing_is_switched_off_again(finetuner, tmp_path):
-    finetuner.args.gradient_checkpointing, finetuner.args.use_reentrant = True, False
-    modules = list(finetuner.model.modules())
+def test_gradient_checkpointing_is_switched_off_again(tiny_model, pool, config, tmp_path, monkeypatch):
+    args, seen, step = config(gradient_checkpointing=True, max_steps=2), [], LeafTrainer.training_step
+    model = load_model(tiny_model, args)
+    modules = list(model.modules())
     hooks = [len(module._forward_hooks) for module in modules]
+
+    def on():
+        return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+
+    monkeypatch.setattr(LeafTrainer, "training_step", lambda *given: (seen.append(len(on())), step(*given))[1])
+    finetuner = LeafFinetuner(model, pool, args, default_peft_config(), load_tokenizer(tiny_model, args))
     finetuner.finetune(np.arange(24), 0, tmp_path / "a")
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    assert min(seen) > 0
+    assert on() == []
     assert [len(module._forward_hooks) for module in modules] == hooks
 
 
