@@ -15,7 +15,7 @@ test test-launch: export OMP_NUM_THREADS = 1
 
 # The tests, offline, with a tiny model that they make themselves.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The tests of launches with several processes, and of the recipes, which run as they stand.
 test-launch: $(INSTALLED)
