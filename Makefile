@@ -10,10 +10,8 @@ VENV_VLLM = $(VENV)-vllm
 demo: $(INSTALLED)
 	$(BIN)/python -m harp_hf.demo
 
-# As many tests at once as there are cores: each has one.
-test test-launch: export OMP_NUM_THREADS = 1
-
-# The tests, offline, with a tiny model that they make themselves.
+# The tests, offline, with a tiny model that they make themselves; as many at once as there are cores, so each has one.
+test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
