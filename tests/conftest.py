@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 
@@ -17,6 +18,12 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector, which every finetune calls, all that the libraries have loaded."""
+    gc.freeze()
+
 
 WORDS = [f"w{i}" for i in range(40)]
 ANSWERS = {"red": "crimson", "green": "emerald", "blue": "azure"}

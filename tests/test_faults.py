@@ -37,14 +37,6 @@ SETTINGS = {"features": "tfidf", "leaf_size": 12, "branching": 2, "max_measureme
 ADAPTER = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen():
-    """What is imported need not be searched for rubbish after every finetune."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def data(pool, proxy, tiny_model):
     return {"dataset": pool, "eval_dataset": proxy, "model": tiny_model}
