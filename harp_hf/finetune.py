@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl import SFTTrainer
 
 from .config import HarpConfig
@@ -69,6 +69,23 @@ class LeafTrainer(SFTTrainer):
         return total / count
 
 
+class StepsBar(ProgressCallback):
+    """The progress bar of one long finetune, without the lines that a trainer logs."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self._description = description
+
+    def on_train_begin(self, *given: Any, **more: Any) -> None:
+        """Show it, in the main process."""
+        super().on_train_begin(*given, **more)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self._description)
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Nothing: trackers are there for that."""
+
+
 class LeafFinetuner:
     """Finetunes leaves one after another on one base model that stays as it was.
 
@@ -79,6 +96,9 @@ class LeafFinetuner:
         args: Settings of every finetune.
         peft_config: The adapter; every leaf gets a fresh one.
         processing_class: The tokenizer.
+
+    Attributes:
+        bar (`str`, *optional*): What the progress bar of each finetune is called. Default: leaves have none.
 
     Raises:
         ConfigError: The model would be divided among processes, but is an object.
@@ -99,6 +119,7 @@ class LeafFinetuner:
         self.args = args
         self.peft_config = peft_config
         self.processing_class = processing_class
+        self.bar: str | None = None
         self.tokenised = self._tokenise(pool)
         self._row = np.asarray(self.tokenised.with_format("numpy")["harp_row"][:], np.int64)
 
@@ -155,6 +176,8 @@ class LeafFinetuner:
             if args.dataloader_drop_last and len(trainer.train_dataset) < args.train_batch_size * args.world_size:
                 raise FinetuneError(f"{len(kept)} rows are too few for a batch, and `dataloader_drop_last` is set")
             trainer.remove_callback(PrinterCallback)
+            if self.bar and args.disable_tqdm:
+                trainer.add_callback(StepsBar(self.bar))
             with own_run(trainer):
                 loss = mean(trainer.train().training_loss)
             if math.isfinite(loss):

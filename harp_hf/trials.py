@@ -144,6 +144,7 @@ class Trials:
         adapter, tokens, started = None, 0, time.monotonic()
         if len(rows):
             adapter, finetuner = folder / f"{name}-seed-{seed}", copy.copy(self._finetuner())
+            finetuner.bar = f"Finetune on {name}, seed {seed}"
             finetuner.args = copy.copy(finetuner.args)
             finetuner.args.max_steps, finetuner.args.num_train_epochs = -1, epochs
             try:

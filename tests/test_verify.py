@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 from collections import Counter
 from contextlib import suppress
@@ -74,7 +75,10 @@ def test_a_run_directory_is_verified_and_resumed(run, disk, made, capsys):
     flags = ["verify", "--output_dir", str(run), "--eval_dataset_name", str(disk / "test.jsonl"), "--seeds", "2",
              "--epochs", "3", "--whole_pool", "true"]  # fmt: skip
     cli.main(flags)
-    printed = capsys.readouterr().out
+    printed, shown = capsys.readouterr()
+    for name in ("random-rows", "whole-pool", "harp-e"):
+        assert re.search(f"Finetune on {name}, seed 43: 100%", shown), "long finetunes show their steps"
+    assert "train_runtime" not in printed + shown
     assert made == [(24, s, 4, 3.0, -1) for s in (42, 43)] + [(96, s, 4, 3.0, -1) for s in (42, 43)] + [
         (24, s, 4, 3.0, -1) for s in (42, 43)
     ], "the run's adapter and seeds; random rows of the selection's number"

@@ -110,6 +110,7 @@ class LESS:
         count = min(max(round(self.warmup * len(problem)), self.warmup_rows), len(problem))
         drawn = np.random.default_rng(problem.seed).choice(len(problem), count, replace=False)
         warm = copy.copy(finetuner)
+        warm.bar = "Warm-up"
         warm.args = copy.copy(finetuner.args)
         warm.args.output_dir = str(folder / "run")
         warm.args.max_steps, warm.args.num_train_epochs = -1, self.epochs
