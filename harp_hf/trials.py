@@ -156,6 +156,7 @@ class Trials:
         before = sum(judge.tokens for judge in judges.values())
         scores = np.zeros((len(self._metrics), self._n_test))
         for place, judge in judges.items():
+            judge.bar = f"Score of {name}, seed {seed}" if len(rows) else "Score of the base model"
             scores[place, self._own(place)] = judge.evaluate([adapter])[0]
         scores = np.take_along_axis(scores, self._first, axis=0)
         evaluated = sum(judge.tokens for judge in judges.values()) - before

@@ -10,6 +10,7 @@ from conftest import ANSWERS, make_rows
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import processors
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harp_hf import HarpConfig
@@ -213,6 +214,24 @@ def test_scores_do_not_depend_on_batches_or_row_order(model, tokenizer, adapters
     assert scores == pytest.approx(reference[:, order], abs=1e-5)
     assert shuffled.tokens == whole.tokens > 0
     assert len(np.unique(reference)) > 4, "the rows really differ"
+
+
+def test_a_named_bar_counts_scored_and_generated_rows(model, tokenizer, monkeypatch):
+    shown = []
+
+    class Bar(tqdm):
+        def __exit__(self, *raised):
+            shown.extend([] if self.disable else [(self.desc, self.n, self.total)])
+            super().__exit__(*raised)
+
+    monkeypatch.setattr("harp_hf.evaluation.transformers.tqdm", Bar)
+    rows = [asked(p, answer=LONG[c], task=c) for c, p in questions(chat=False, count=3)]
+    judge = evaluator(model, tokenizer, rows, {"red": "exact_match", "green": "contains", "blue": "likelihood"}, 2, 2)
+    judge.evaluate([None])
+    assert shown == [], "no bar unless it has a name"
+    judge.bar = "Test rows"
+    judge.evaluate([None])
+    assert shown == [("Test rows", 9, 9)]
 
 
 def test_the_vocabulary_is_projected_in_one_product(model, tokenizer, adapters):

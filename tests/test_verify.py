@@ -78,6 +78,7 @@ def test_a_run_directory_is_verified_and_resumed(run, disk, made, capsys):
     printed, shown = capsys.readouterr()
     for name in ("random-rows", "whole-pool", "harp-e"):
         assert re.search(f"Finetune on {name}, seed 43: 100%", shown), "long finetunes show their steps"
+        assert f"Score of {name}, seed 43: " in shown
     assert "train_runtime" not in printed + shown
     assert made == [(24, s, 4, 3.0, -1) for s in (42, 43)] + [(96, s, 4, 3.0, -1) for s in (42, 43)] + [
         (24, s, 4, 3.0, -1) for s in (42, 43)

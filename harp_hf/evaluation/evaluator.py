@@ -15,10 +15,12 @@ class Evaluator(Protocol):
     Attributes:
         tokens (`int`): Tokens read or generated so far.
         adapters_at_once (`int`): How many adapters are best scored in one call.
+        bar (`str`, *optional*): What the progress bar of an evaluation is called. Default: there is none.
     """
 
     tokens: int
     adapters_at_once: int
+    bar: str | None
 
     def evaluate(self, adapters: Sequence[Path | None]) -> np.ndarray:
         """Score adapters.

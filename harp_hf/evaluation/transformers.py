@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -50,6 +51,7 @@ class TransformersEvaluator:
     ) -> None:
         self.model, self.batch_size, self.max_new_tokens = model, batch_size, max_new_tokens
         self.tokens, self.adapters_at_once = 0, 1
+        self.bar: str | None = None
         pads = (processing_class.pad_token_id, processing_class.eos_token_id, 0)
         self._pad = next(i for i in pads if i is not None)
         self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
@@ -71,15 +73,18 @@ class TransformersEvaluator:
         scores = np.zeros(len(self._prompts))
         generating = self._rows.generating
         texts: dict[int, str] = {}
-        with quiet(), _adapted(self.model, adapter) as model, torch.inference_mode():
+        bar = tqdm(total=len(scores), desc=self.bar, unit="row", leave=False, disable=self.bar is None)
+        with quiet(), bar, _adapted(self.model, adapter) as model, torch.inference_mode():
             shared = None if generating.all() else self._read_shared(model)
             for rows in self._batches(np.flatnonzero(~generating)):
                 if self._shares:
                     scores[rows] = self._score(model, rows, copy.deepcopy(shared))
                 else:
                     scores[rows] = self._score_whole(model, rows)
+                bar.update(len(rows))
             for rows in self._batches(np.flatnonzero(generating)):
                 texts.update(zip(rows, self._generate(model, rows), strict=True))
+                bar.update(len(rows))
         for row, score in self._rows.score_texts(texts).items():
             scores[row] = score
         return scores

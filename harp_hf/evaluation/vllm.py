@@ -72,6 +72,7 @@ class VllmEvaluator:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self.tokens = 0
         self.adapters_at_once = args.vllm_max_loras
+        self.bar: str | None = None
         self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
         self._rows.check_lengths(model.config)
         self._max_new_tokens = args.max_new_tokens
@@ -100,7 +101,7 @@ class VllmEvaluator:
                 [TokensPrompt(prompt_token_ids=ids) for _ in adapters for _, ids, _ in self._requests],
                 [params for _ in adapters for _, _, params in self._requests],
                 lora_request=[lora for lora in loras for _ in self._requests],
-                use_tqdm=False,
+                use_tqdm=self.bar is not None,
             )
         size = len(self._requests)
         return np.stack([self._score(outputs[k * size : (k + 1) * size]) for k in range(len(adapters))])
