@@ -1,7 +1,8 @@
-"""Keeps one measurement that runs out of memory or out of time from ending the run."""
+"""Keeps one measurement that runs out of memory or out of time from ending the run; a full disk ends it."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import signal
 import threading
@@ -10,11 +11,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import ConfigError, FinetuneError, HarpError, reason
 
 # What allocators say, where they raise a plain RuntimeError.
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+# What says that the disk is full, or that a file may not grow.
+_OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Where torch writes files: it raises a plain RuntimeError.
+_TORCH_WRITER = "inline_container.cc"
 
 
 class _TimeIsUp(BaseException):
@@ -34,6 +40,7 @@ def contained(limit: float | None = None, *, alone: bool = True) -> Iterator[Non
     Raises:
         FinetuneError: There was not enough memory or time.
         ConfigError: There is a limit, and this is not the main thread.
+        HarpError: The disk is full.
     """
     try:
         with _alarm(limit if alone else None):
@@ -41,7 +48,11 @@ def contained(limit: float | None = None, *, alone: bool = True) -> Iterator[Non
         return
     except _TimeIsUp:
         said = f"it took longer than measurement_timeout={limit:g} seconds"
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if out_of_room(error):
+            raise HarpError(
+                f"An adapter or a checkpoint cannot be written (is the disk full?): {reason(error)}."
+            ) from error
         if not out_of_memory(error):
             raise
         said = f"out of memory ({reason(error)})"
@@ -54,6 +65,13 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def out_of_room(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written to its end."""
+    if isinstance(error, OSError):
+        return error.errno in _OUT_OF_ROOM
+    return isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and _TORCH_WRITER in str(error))
 
 
 def free_memory() -> None:

@@ -17,6 +17,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl import SFTTrainer
 
+from .checkpoints import Checkpoints
 from .config import HarpConfig
 from .errors import ConfigError, DataError, FinetuneError, reason
 from .faults import contained, unchanged
@@ -99,6 +100,7 @@ class LeafFinetuner:
 
     Attributes:
         bar (`str`, *optional*): What the progress bar of each finetune is called. Default: leaves have none.
+        checkpoints (`Checkpoints`, *optional*): From which the next finetune goes on. Default: leaves begin anew.
 
     Raises:
         ConfigError: The model would be divided among processes, but is an object.
@@ -120,6 +122,7 @@ class LeafFinetuner:
         self.peft_config = peft_config
         self.processing_class = processing_class
         self.bar: str | None = None
+        self.checkpoints: Checkpoints | None = None
         self.tokenised = self._tokenise(pool)
         self._row = np.asarray(self.tokenised.with_format("numpy")["harp_row"][:], np.int64)
 
@@ -178,8 +181,12 @@ class LeafFinetuner:
             trainer.remove_callback(PrinterCallback)
             if self.bar and args.disable_tqdm:
                 trainer.add_callback(StepsBar(self.bar))
+            resumed = None
+            if self.checkpoints is not None:
+                trainer.add_callback(self.checkpoints)
+                resumed = self.checkpoints.find()
             with own_run(trainer):
-                loss = mean(trainer.train().training_loss)
+                loss = mean(trainer.train(resume_from_checkpoint=resumed).training_loss)
             if math.isfinite(loss):
                 trainer.save_model(str(adapter))
         if not math.isfinite(loss):
@@ -197,6 +204,8 @@ class LeafFinetuner:
         # Ours says how much harp_hf tells; a trainer would tell as much of every leaf.
         args.log_level = "debug" if args.log_level == "debug" else "passive"
         args.include_num_input_tokens_seen = "non_padding"
+        for name, value in (self.checkpoints.settings() if self.checkpoints is not None else {}).items():
+            setattr(args, name, value)
         return args
 
     @contextmanager

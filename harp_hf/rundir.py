@@ -288,13 +288,18 @@ def _sha256_of_arrays(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _sha256_line(path: Path) -> str:
-    """What `sha256sum` prints of a file."""
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 24):
             digest.update(block)
-    return f"{digest.hexdigest()}  {path.name}\n"
+    return digest.hexdigest()
+
+
+def _sha256_line(path: Path) -> str:
+    """What `sha256sum` prints of a file."""
+    return f"{sha256_of_file(path)}  {path.name}\n"
 
 
 _WORDS = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from datasets import Dataset
 
+from .checkpoints import Checkpoints
 from .config import HarpConfig
 from .errors import FinetuneError, HarpError
 from .evaluation.backends import open_evaluator
@@ -113,6 +114,8 @@ class Trials:
     def run(self, rows: np.ndarray, seed: int, epochs: float, name: str) -> Trial:
         """Finetune on pool rows and score the test rows, unless that was done before.
 
+        A finetune that was killed goes on from its last checkpoint, which is at most five minutes old.
+
         Args:
             rows: Pool rows; none at all is the base model as it is.
             seed: Seed of the finetune.
@@ -130,9 +133,11 @@ class Trials:
         same = [path for path in same if self._run.holds(f"verify/{path.name}")]
         file = f"verify/{same[0].name}" if same else f"verify/{name}-{digest}.npz"
         if not same:
+            checkpoints = Checkpoints(self._run, file.removesuffix(".npz"))
             with temporary_folder() as folder, lent(self._model):
-                trial = self._make(rows, seed, epochs, name, Path(folder))
+                trial = self._make(rows, seed, epochs, name, checkpoints, Path(folder))
             self._run.write_arrays(file, rows=rows, **asdict(trial))
+            checkpoints.remove()
             honour()
         known = self._run.read_arrays(file)
         return Trial(
@@ -140,11 +145,13 @@ class Trials:
             float(known["seconds_training"]), float(known["seconds_evaluation"]),
         )  # fmt: skip
 
-    def _make(self, rows: np.ndarray, seed: int, epochs: float, name: str, folder: Path) -> Trial:
+    def _make(
+        self, rows: np.ndarray, seed: int, epochs: float, name: str, checkpoints: Checkpoints, folder: Path
+    ) -> Trial:
         adapter, tokens, started = None, 0, time.monotonic()
         if len(rows):
             adapter, finetuner = folder / f"{name}-seed-{seed}", copy.copy(self._finetuner())
-            finetuner.bar = f"Finetune on {name}, seed {seed}"
+            finetuner.bar, finetuner.checkpoints = f"Finetune on {name}, seed {seed}", checkpoints
             finetuner.args = copy.copy(finetuner.args)
             finetuner.args.max_steps, finetuner.args.num_train_epochs = -1, epochs
             try:
@@ -160,7 +167,9 @@ class Trials:
             scores[place, self._own(place)] = judge.evaluate([adapter])[0]
         scores = np.take_along_axis(scores, self._first, axis=0)
         evaluated = sum(judge.tokens for judge in judges.values()) - before
-        return Trial(scores, tokens, evaluated, trained - started, time.monotonic() - trained)
+        return Trial(
+            scores, tokens, evaluated, checkpoints.seconds + trained - started, time.monotonic() - trained
+        )  # fmt: skip
 
     def _alike(self, task: int, metric: Metric) -> int:
         return next(place for place, metrics in enumerate(self._metrics) if metrics[task] == metric)

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 import harp_hf
 from harp_hf import HarpConfig, HarpError, cli, events
@@ -113,7 +114,7 @@ def notice(moment):
     around(RunDir, "write", lambda run, file, write: file, half_a_file)
     around(events, "append", lambda folder, event: f"line {event['event']} {event.get('leaf', '')}", half_a_line)
     around(LeafFinetuner, "finetune", lambda self, rows, seed, adapter: f"finetune {adapter.name}")
-    around(LeafTrainer, "train", lambda self: f"training {self.args.run_name}")
+    around(LeafTrainer, "train", lambda self, **_: f"training {self.args.run_name}")
     around(
         TransformersEvaluator, "evaluate", lambda self, adapters: f"scores of {getattr(adapters[0], 'name', 'base')}"
     )
@@ -332,6 +333,29 @@ def test_a_disk_without_room_for_a_file(start, processes, undisturbed, data, tmp
     assert not list((tmp_path / "run").rglob("*.part")) + list((tmp_path / "run").glob("features*"))
     select(tmp_path, data)
     assert outcome(tmp_path) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.json"])
+def test_a_disk_without_room_for_an_adapter(name, tmp_path):
+    tensor, before = torch.zeros(10_000), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ways = {
+        "a.safetensors": lambda path: save_file({"a": tensor}, path),
+        "a.pt": lambda path: torch.save(tensor, path),
+        "a.json": lambda path: path.write_text("0" * 40_000),
+    }
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, before[1]))
+    try:
+        with (
+            pytest.raises(HarpError, match=r"^An adapter or a checkpoint cannot be written \(is the disk full\?\): "),
+            contained(),
+        ):
+            ways[name](tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(ConnectionError), contained():
+        raise ConnectionError("no tracker")
 
 
 def test_a_disk_without_room_for_the_event_log(done, data, undisturbed):

@@ -16,10 +16,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 import harp_hf
-from harp_hf import HarpConfig, cli
+from harp_hf import HarpConfig, checkpoints, cli
 from harp_hf.baselines import SELECTORS
 from harp_hf.errors import ConfigError, DataError, HarpError
-from harp_hf.finetune import LeafFinetuner
+from harp_hf.finetune import LeafFinetuner, LeafTrainer
 from harp_hf.intervals import mean_intervals
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
@@ -230,6 +230,53 @@ def test_a_swallowed_signal_ends_the_work_after_the_trial(pool, proxy, tiny_mode
     with stoppable(), pytest.raises(Terminated):
         trials.run(np.arange(0), 0, 2.0, "base")
     assert len(list((tmp_path / "run" / "verify").glob("base-*.npz"))) == 1, "what was done is kept"
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_a_killed_finetune_goes_on_from_its_last_whole_checkpoint(
+    damaged, pool, proxy, tiny_model, tmp_path, monkeypatch, config, caplog
+):
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    lora, trained, folder = LoraConfig(r=4, lora_dropout=0.2), [], tmp_path / "run" / "verify"
+
+    def go(path, stop=None):
+        def step(self, model, *given):
+            if self.state.global_step == stop:
+                raise KeyboardInterrupt
+            trained.append(self.state.global_step)
+            return training_step(self, model, *given)
+
+        monkeypatch.setattr(LeafTrainer, "training_step", step)
+        args = config(per_device_train_batch_size=4)
+        return Trials(RunDir(path), pool, load_proxy(proxy), tiny_model, args, lora, metrics=["likelihood"]).run(
+            np.arange(24), 0, 2.0, "red"
+        )
+
+    training_step = LeafTrainer.training_step
+    never = go(tmp_path / "undisturbed")
+    assert trained == list(range(12))
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", stop=8)
+    kept = sorted(folder.glob("red-*/checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-7", "checkpoint-8"]
+    for path in kept:
+        RunDir(path).write_json("whole.json", RunDir(path).read_json("whole.json") | {"seconds": 1000.0})
+    if damaged:
+        with (kept[1] / "optimizer.pt").open("ab") as handle:
+            handle.write(b"x")
+    trained.clear()
+    trial = go(tmp_path / "run")
+    assert trained == list(range(7 if damaged else 8, 12))
+    assert (f"{kept[1]} is damaged, and not used." in caplog.text) == damaged
+    assert trial.scores.tolist() == never.scores.tolist(), "to the bit"
+    assert trial.tokens_training == never.tokens_training
+    assert 1000 < trial.seconds_training < 1100, "the time before the kill is counted"
+    assert [path.suffix for path in folder.iterdir()] == [".npz"], "what is done needs no checkpoints"
+
+
+def test_short_finetunes_leave_no_checkpoints(pool, proxy, tiny_model, tmp_path, monkeypatch, config):
+    monkeypatch.setattr(LeafTrainer, "_save_checkpoint", lambda *_: pytest.fail("there was no time for one"))
+    Trials(RunDir(tmp_path / "run"), pool, load_proxy(proxy), tiny_model, config()).run(np.arange(24), 0, 2.0, "red")
 
 
 def test_a_task_that_two_metrics_score_alike_is_scored_once(pool, proxy, tiny_model, tmp_path, config):
