@@ -158,7 +158,7 @@ def verify_run(
     """Finetune on a finished run's selection and on as many random rows, and score both on test rows.
 
     Every finetune has the settings, adapter and tokenizer of the run's leaf finetunes, but `epochs` passes over its
-    rows. What is finished is kept in `path`/verify and not repeated.
+    rows. What is finished is kept in `path`/verify and not repeated; a finetune that was killed goes on there.
 
     Args:
         path: The run directory.

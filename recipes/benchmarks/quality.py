@@ -5,8 +5,9 @@
         --output_dir runs/quality --rows 300 600 --results quality.json
 
 Every finished (selector, rows, seed) is at once in the results file and is never made again: stop it whenever you like
-and call it again. It ends with the tables and figures of what is there; so it begins. Selectors that cost far more
-than HARP can be held to its effort: `--options '{"datamodels": {"finetunes": 16, "epochs": null}}'`.
+and call it again. A finetune goes on where it was, at most five minutes before. It ends with the tables and figures of
+what is there; so it begins. Selectors that cost far more than HARP can be held to its effort:
+`--options '{"datamodels": {"finetunes": 16, "epochs": null}}'`.
 """
 
 from __future__ import annotations
