@@ -703,7 +703,7 @@ def test_a_level_changes_neither_the_run_nor_what_trainers_tell(
 ):
     levels = []
     (done / "run" / "measurements" / f"{sorted(finished(done))[0]}.npz").unlink()
-    monkeypatch.setattr(LeafTrainer, "train", lambda self, _real=LeafTrainer.train: (
+    monkeypatch.setattr(LeafTrainer, "train", lambda self, _real=LeafTrainer.train, **_: (
         levels.append(self.args.log_level), _real(self))[1])  # fmt: skip
     select(done, data, log_level=level)
     assert levels == [of_trainers]
