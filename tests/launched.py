@@ -24,8 +24,8 @@ class LosesOne(LeafTrainer):
 
     finetunes = 0
 
-    def train(self):
-        done = super().train()
+    def train(self, **given):
+        done = super().train(**given)
         LosesOne.finetunes += 1
         return done._replace(training_loss=float("nan")) if LosesOne.finetunes == 1 and not is_main() else done
 

@@ -635,10 +635,10 @@ def command(folder, config, slow, *flags, swallows=False):
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     train = LeafTrainer.train
 
-    def slowly(self):
+    def slowly(self, **given):
         with suppress(KeyboardInterrupt) if swallows else nullcontext():
             time.sleep(slow)
-        return train(self)
+        return train(self, **given)
 
     LeafTrainer.train = slowly
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
