@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .rundir import RunDir, sha256_of_file
 
@@ -39,7 +39,10 @@ class Checkpoints(TrainerCallback):
     def settings(self) -> dict[str, Any]:
         """What the settings of the trainer must be."""
         # Two, as an older one goes before a new one is known to be whole.
-        return {"output_dir": str(self._run.file(self._name)), "save_only_model": False, "save_total_limit": 2}
+        return {
+            "output_dir": str(self._run.file(self._name)), "save_strategy": SaveStrategy.NO, "save_only_model": False,
+            "save_total_limit": 2,
+        }  # fmt: skip
 
     def find(self) -> str | None:
         """Path of the last whole checkpoint, for `train(resume_from_checkpoint=...)`."""
@@ -64,8 +67,8 @@ class Checkpoints(TrainerCallback):
         self._began = self._saved = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Have the trainer save when it is time."""
-        if time.monotonic() - self._saved >= EVERY:
+        """Have the trainer save when it is time, but not at the end: what goes on must still tell a finite loss."""
+        if time.monotonic() - self._saved >= EVERY and state.global_step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

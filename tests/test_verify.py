@@ -252,9 +252,20 @@ def test_a_killed_finetune_goes_on_from_its_last_whole_checkpoint(
             np.arange(24), 0, 2.0, "red"
         )
 
+    def save_model(self, path=None, _internal_call=False, _real=LeafTrainer.save_model):
+        if not _internal_call:
+            raise KeyboardInterrupt
+        _real(self, path, _internal_call)
+
     training_step = LeafTrainer.training_step
     never = go(tmp_path / "undisturbed")
     assert trained == list(range(12))
+    with monkeypatch.context() as patch:
+        patch.setattr(LeafTrainer, "save_model", save_model)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "late")
+    late = (tmp_path / "late" / "verify").glob("red-*/checkpoint-*")
+    assert {path.name for path in late} == {"checkpoint-10", "checkpoint-11"}, "none of the end"
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", stop=8)
     kept = sorted(folder.glob("red-*/checkpoint-*"))
