@@ -16,6 +16,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from .errors import ConfigError, DataError, reason
 from .pool import load_rows
 from .sources import Labels
+from .texts import without_tokens
 
 # More sources than this are names of rows, not of datasets.
 MOST = 2_000
@@ -102,7 +103,7 @@ def _read(load: Callable[[], Any]) -> Any:
 
 def source_names(mixture: DatasetMixtureConfig) -> list[str]:
     """A short name for every dataset of a mixture: of a path its last part, with a number where others have it too."""
-    short = [_describe(part, lambda path: Path(path).name) for part in mixture.datasets]
+    short = [_describe(part, lambda path: Path(without_tokens(path)).name) for part in mixture.datasets]
     full = [_describe(part, str) for part in mixture.datasets]
     distinct = {name: sorted({f for s, f in zip(short, full, strict=True) if s == name}) for name in short}
     return [

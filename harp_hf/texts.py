@@ -11,7 +11,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 # A user alone is no secret but on the web, as in ssh://git@host and abfs://container@account.
 _LOGIN = re.compile(r"(?i)(?:(?<=http://)|(?<=https://)|(?<=://)(?=[^/@:\s]*:))[^/\s]+(?=@)")
 _QUERY = re.compile(
-    r"(?i)([?&](?:[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential|(?:api|access|secret)[_-]?key(?:[_-]?id)?|sig)"
+    r"(?i)([?&](?:amp;)?(?:[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential|(?:api|access|secret)[_-]?key(?:[_-]?id)?|sig)"
     r"|key|auth)=)(?!\(a token)[^&#\s'\"]+"
 )
 _SECRET = re.compile(r"(^|_)(api_key|secret|password)$|^(hub_|hf_|push_to_hub_|use_auth_|auth_|access_)?token$")

@@ -401,6 +401,7 @@ def test_no_error_shows_a_token(text, monkeypatch):
         ("https://h/x?access_key=zzz", "https://h/x?access_key=(a token)"),
         ("https://h/x?key=a&auth=b&x=1", "https://h/x?key=(a token)&auth=(a token)&x=1"),
         ("s3://b/x?AWSAccessKeyId=a&Signature=b", "s3://b/x?AWSAccessKeyId=(a token)&Signature=(a token)"),
+        ("https://h/x?a=1&amp;sig=abc&amp;x=1", "https://h/x?a=1&amp;sig=(a token)&amp;x=1"),
         ("https://h/x?sort_key=a&author=b&keys=c", "https://h/x?sort_key=a&author=b&keys=c"),
         ("abfs://container@account:443/x", "abfs://container@account:443/x"),
         ("ssh://git@host/a:b@c", "ssh://git@host/a:b@c"),

@@ -320,11 +320,11 @@ def test_datasets_of_a_mixture_have_short_and_different_names():
         DatasetConfig("me/one"), DatasetConfig("me/one", name="de"), DatasetConfig("me/one", split="train[:10%]"),
         DatasetConfig("json", data_files="/x/a.jsonl"), DatasetConfig("json", data_files="/y/a.jsonl"),
         DatasetConfig("json", data_files={"train": ["/x/b.jsonl", "/x/c.jsonl"]}), DatasetConfig("/x/folder"),
-        DatasetConfig("me/one"),
+        DatasetConfig("me/one"), DatasetConfig("json", data_files="https://me:pass@host/d.jsonl?sv=1&sig=a/secret"),
     ]  # fmt: skip
     assert source_names(DatasetMixtureConfig(mixture)) == [
         "me/one", "me/one de", "me/one train[:10%]", "a.jsonl (1)", "a.jsonl (2)", "b.jsonl c.jsonl", "folder",
-        "me/one",
+        "me/one", "d.jsonl?sv=1&sig=(a token)",
     ]  # fmt: skip
 
 
