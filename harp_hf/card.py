@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .result import HarpResult
 
 BEGIN, END = "<!-- harp-hf: begin -->", "<!-- harp-hf: end -->"
+# Names the figures that the last report drew, and what they show.
+FIGURES = "result/figures.json"
 TAGS = ("harp-hf", "data-selection", "arxiv:2606.07690")
 _NEEDED = ("eval_dataset_name", "model_name_or_path")
 _LONGEST = 600
@@ -60,12 +63,20 @@ def read_run(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def figures(result: HarpResult) -> list[Path]:
-    """The figures of the run directory, which show its own choice in both variants; none for another choice."""
-    if result.path is None:
+    """The figures of the run directory, in both variants; none where they show another choice or other effects."""
+    if result.path is None or not (run := RunDir(result.path)).holds(FIGURES):
         return []
-    known = RunDir(result.path).read_json("result/result.json")["choice"]
-    asked = json.loads(json.dumps(asdict(result.choice))) | {"variant": known["variant"]}
-    return sorted((result.path / "result").glob("*.png")) if asked == known else []
+    known = run.read_json(FIGURES)
+    return [run.file(f"result/{name}") for name in known["names"]] if known["shown"] == shown(result) else []
+
+
+def shown(result: HarpResult) -> str:
+    """A digest of what figures show: the choice but for its variant, and all that is known of effects."""
+    measured, digest = result.measurements, hashlib.sha256()
+    digest.update(json.dumps(asdict(replace(result.choice, variant="harp-c")), sort_keys=True).encode())
+    for array in (result.posterior.mean, result.posterior.sd, measured.leaves, measured.scores, measured.null):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def hub_name(name: str | None) -> str | None:
@@ -89,9 +100,7 @@ def model_name(config: dict[str, Any], manifest: dict[str, Any]) -> str:
 def recipe(result: HarpResult, config: dict[str, Any]) -> dict[str, Any]:
     """The settings that reproduce a selection, without tokens and without this machine's folders."""
     choice = result.choice
-    asked = config | {"variant": choice.variant, "budget": choice.budget, "active_tasks": list(choice.active_tasks)}
-    if choice.task_weights:
-        asked["task_weights"] = choice.task_weights
+    asked = config | asdict(choice) | {"active_tasks": list(choice.active_tasks)}
     return public({k: v for k, v in asked.items() if v is not None})
 
 

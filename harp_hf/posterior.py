@@ -244,7 +244,7 @@ def _scales(effects: np.ndarray, variances: np.ndarray) -> np.ndarray:
 
 def _notes(measured: np.ndarray, hierarchy: Hierarchy, prior: str) -> tuple[str, ...]:
     notes = []
-    if len(measured) < FEW:
+    if len(measured) < min(FEW, hierarchy.n_leaves):
         notes.append(
             f"Only {len(measured)} of {hierarchy.n_leaves} leaves were measured, so how much leaves differ is mostly "
             "assumed: effects are pooled over the whole pool and standard deviations are wide."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .card import FIGURES, model_name, public, read_run, shown
 from .envelopes import VARIANTS, Variant
 from .errors import MissingExtraError
 from .names import leaf_name
@@ -62,10 +63,13 @@ def write_report(result: HarpResult, path: str | Path) -> Path:
     environment.filters["leaf_name"] = leaf_name
     drawn = draw_figures(result)
     page = environment.get_template("report.html").render(figures=drawn, model=_model(run), **_facts(result))
+    names = []
+    run.file(FIGURES).unlink(missing_ok=True)  # it would speak of those that follow
     for section, group in drawn.items():
         # A card has no room for a figure of every task.
         for figure in group if section not in ("effects", "sources") or len(group) == 1 else []:
-            _write(run, f"result/{figure.name}.png", figure.png)
+            names.append(_write(run, f"result/{figure.name}.png", figure.png).name)
+    run.write_json(FIGURES, {"names": sorted(names), "shown": shown(result)})
     return _write(run, "result/report.html", _clean(without_tokens(page)).encode("utf-8", "replace"))
 
 
@@ -95,7 +99,7 @@ def draw_figures(result: HarpResult) -> dict[str, list[Figure]]:
         ]
     else:
         drawn["effects"] = [figures.effects_matrix(result.tasks, mean, sd, measured, overall)]
-    if result.active().any():
+    if result.decides():
         for variant in VARIANTS:
             choice = replace(result.choice, variant=variant)
             order, chosen = result.order(choice), len(result.chosen(choice)[0])
@@ -122,6 +126,7 @@ def _facts(result: HarpResult) -> dict[str, Any]:
         "n_large": len(np.unique(result.hierarchy.large)),
         "measured": measured,
         "active": active,
+        "decides": result.decides(),
         "tasks": [
             {"name": task, "metric": result.metrics[d], "null": result.null[d], "active": active[d],
              "scores": [every[d] for every in scores],
@@ -145,8 +150,6 @@ def _facts(result: HarpResult) -> dict[str, Any]:
 
 
 def _model(run: RunDir) -> str:
-    from .card import model_name, public, read_run
-
     return public(model_name(*read_run(run.path)))
 
 
@@ -194,13 +197,13 @@ def _over(result: HarpResult) -> str:
 
 
 def _predicted(result: HarpResult) -> dict[Variant, np.ndarray]:
-    if not result.active().any():
+    if not result.decides():
         return dict.fromkeys(VARIANTS, result.null)
     return {variant: result.predicted(replace(result.choice, variant=variant)) for variant in VARIANTS}
 
 
 def _selection(result: HarpResult, variant: Variant) -> dict[str, int]:
-    rows = result.chosen(replace(result.choice, variant=variant))[0] if result.active().any() else np.array([], int)
+    rows = result.chosen(replace(result.choice, variant=variant))[0] if result.decides() else np.array([], int)
     return {"rows": len(rows), "leaves": len(np.unique(result.hierarchy.leaf[rows]))}
 
 

@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 import harp_hf
 from harp_hf import HarpConfig, HarpError, card
 from harp_hf.envelopes import predict, predict_interval
+from harp_hf.rundir import RunDir
 from harp_hf.texts import printable
 
 TOKEN, READER, STRANGER = "hf_writerwriterwriterwriter", "hf_readerreaderreaderreader", "hf_strangerstrangerstranger"
@@ -274,6 +275,14 @@ def test_settings_reproduce_the_run_and_hold_no_secret(client, hub, run, result)
     assert "hub_token" not in settings
 
 
+def test_settings_hold_the_whole_choice_and_nothing_of_an_earlier_one(result):
+    before = {"task_weights": {"red": 5.0}, "budget_by": "task", "learning_rate": 3e-2}
+    told = card.recipe(result.choosing(budget=7, budget_by="leaf", task_weights={}, active_tasks=["green"]), before)
+    assert told == {"variant": "harp-c", "budget": 7, "budget_by": "leaf", "task_weights": {},
+                    "active_tasks": ["green"], "learning_rate": 3e-2}  # fmt: skip
+    assert HarpConfig(output_dir="run", **told).task_weights == {}
+
+
 def test_pushing_again_replaces_the_rows_and_our_section_only(client, hub, result):
     client(push("me/again", "variant='harp-e', budget=20"))
     repo = hub.repos["me/again"]
@@ -314,14 +323,16 @@ def test_rows_and_card_go_to_the_revision_that_is_asked_for(client, hub, result)
     assert client(load("me/branches", "revision='trial/one'"))[1] == result.select(budget=10).to_list()
 
 
-def test_figures_of_the_run_are_pushed_and_shown(client, hub, run):
-    figure = run / "result" / "effects of leaves.png"
+def test_figures_of_the_run_are_pushed_and_shown(client, hub, run, result):
+    figure, named = run / "result" / "effects of leaves.png", run / card.FIGURES
     figure.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    RunDir(run).write_json(card.FIGURES, {"names": [figure.name], "shown": card.shown(result)})
     try:
         client(push("me/figures", "variant='harp-e'"))
         client(push("me/others", "budget=7"))
     finally:
         figure.unlink()
+        named.unlink()
     repo, others = hub.repos["me/figures"], hub.repos["me/others"]
     assert not any("figures" in name for name in others.files()), "they show another choice"
     assert "figures/" not in others.card()

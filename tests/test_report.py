@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from harp_hf.card import figures
 from harp_hf.effects import active_tasks, measured_effects
 from harp_hf.errors import MissingExtraError
 from harp_hf.hierarchy import Hierarchy
@@ -180,11 +181,27 @@ def test_costs_are_projected_to_every_leaf(page):
 
 def test_pngs_for_the_card_are_written_and_nothing_else(folder):
     files = sorted(path.name for path in (folder / "result").iterdir())
-    names = ["greedy-harp-c.png", "greedy-harp-e.png", "hierarchy.png", "report.html", "scores.png", "smoothness.png"]
+    names = ["figures.json", "greedy-harp-c.png", "greedy-harp-e.png", "hierarchy.png", "report.html", "scores.png",
+             "smoothness.png"]  # fmt: skip
     assert files == names
     for name in names:
         if name.endswith(".png"):
             assert (folder / "result" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_another_choice_or_of_other_effects_are_not_taken_for_its_own(result, tmp_path):
+    ours = replace(result, path=tmp_path)
+    assert figures(ours) == []
+    write_report(ours, tmp_path)
+    drawn = sorted((tmp_path / "result").glob("*.png"))
+    assert figures(ours) == figures(replace(ours, choice=replace(ours.choice, variant="harp-e"))) == drawn
+    assert figures(replace(ours, choice=replace(ours.choice, budget=31))) == []
+    more = replace(ours.measurements, scores=ours.measurements.scores / 2)
+    assert figures(replace(ours, measurements=more)) == []
+    write_report(replace(ours, distinguishable=np.zeros(3, bool), choice=Choice("harp-c", 30)), tmp_path)
+    assert figures(ours) == []
+    none = figures(replace(ours, choice=Choice("harp-c", 30)))
+    assert {path.name for path in drawn} - {path.name for path in none} == {"greedy-harp-c.png", "greedy-harp-e.png"}
 
 
 def test_the_same_result_gives_the_same_bytes(result, folder, tmp_path):
@@ -228,7 +245,7 @@ def test_token_ids_and_long_rows_are_shown_short(tmp_path):
 
 def test_one_leaf_and_one_task(tmp_path):
     page = written(make(1, 1, 1), tmp_path)
-    assert "Only 1 of 1 leaves were measured" in page.text
+    assert "of 1 leaves were measured" not in page.text, "nothing is assumed"
     assert "too few to see whether near leaves have like effects" in page.text
     assert "Leaf 0, the best and worst and most uncertain" in page.text
     assert all(page.alternatives)
@@ -252,6 +269,13 @@ def test_nothing_active_still_gives_a_page(result, tmp_path):
     assert "No task has measured effects that are distinguishable from none" in page.text
     assert "0 of 80 rows chosen" in page.text
     assert not any("Greedy" in alternative for alternative in page.alternatives)
+
+
+def test_tasks_without_weight_still_give_a_page(result, tmp_path):
+    choice = Choice(task_weights=dict.fromkeys(result.tasks, 0.0), active_tasks=("all",))
+    page = written(replace(result, choice=choice), tmp_path)
+    assert "All active tasks have the weight 0, so nothing is chosen." in page.text
+    assert "0 of 80 rows chosen" in page.text
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
