@@ -167,6 +167,8 @@ class Trials:
             scores[place, self._own(place)] = judge.evaluate([adapter])[0]
         scores = np.take_along_axis(scores, self._first, axis=0)
         evaluated = sum(judge.tokens for judge in judges.values()) - before
+        if not np.isfinite(scores).all():
+            raise HarpError(f"The finetune on {name} failed: its scores are not finite numbers.")
         return Trial(
             scores, tokens, evaluated, checkpoints.seconds + trained - started, time.monotonic() - trained
         )  # fmt: skip

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harp_hf import HarpConfig
 from harp_hf.errors import DataError
+from harp_hf.evaluation.rows import ProxyRows
 from harp_hf.evaluation.scoring import identify_metrics, last_number, resolve_metrics, score_text
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
@@ -176,6 +177,14 @@ def test_choice_is_the_best_log_probability_a_token(model, tokenizer, adapters, 
             assert probability == pytest.approx(weights[choices.index(answer)] / weights.sum(), abs=1e-5)
     assert 0 < scores[0].sum() < len(rows)
     assert summed, "the data tells length-normalised from summed log-probabilities"
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "likelihood", "choice", "choice_likelihood"])
+def test_what_is_no_number_is_no_score(tokenizer, metric):
+    proxy = load_proxy(Dataset.from_list([{"prompt": "red", "answer": "a", "choices": ["a", "b"]}]))
+    rows = ProxyRows(proxy, [metric], tokenizer, None)
+    assert np.isnan(rows.judge(0, [np.nan, -1.0], True))
+    assert 0 < rows.judge(0, [-1.0, -2.0], True) <= 1
 
 
 def test_automatic_metrics_look_at_the_choices():

@@ -28,7 +28,9 @@ from harp_hf.errors import ConfigError, FinetuneError, RunDirError
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.faults import contained
 from harp_hf.finetune import LeafFinetuner, LeafTrainer
+from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
+from harp_hf.verify import verify
 
 LEAVES = 3
 MEASUREMENTS = LEAVES + 1  # random rows too
@@ -443,6 +445,47 @@ def test_one_leaf_that_lacks_memory_or_time(where, case, undisturbed, data, done
     assert outcome(done)[f"{second}.npz"] == outcome(undisturbed)[f"{second}.npz"], "the next leaf is as ever"
 
 
+def break_scores(monkeypatch):
+    """Let the next evaluation give a score that is not a number, as weights that are none do."""
+    real, calls = TransformersEvaluator.evaluate, []
+
+    def evaluate(self, adapters):
+        scores = real(self, adapters)
+        if not calls:
+            scores[0, 1] = np.nan
+        calls.append(1)
+        return scores
+
+    monkeypatch.setattr(TransformersEvaluator, "evaluate", evaluate)
+
+
+def test_one_leaf_whose_scores_are_not_finite(undisturbed, data, done, monkeypatch):
+    log = events.read(undisturbed / "run")
+    first, second = leaf_of(log, 1), leaf_of(log, 2)
+    for leaf in (first, second):
+        (done / "run" / "measurements" / f"{leaf}.npz").unlink()
+    break_scores(monkeypatch)
+    result = measure(done, data)
+    assert result.measurements.failed == {int(first.removesuffix("-42")): "its scores are not finite numbers"}
+    assert outcome(done)[f"{second}.npz"] == outcome(undisturbed)[f"{second}.npz"], "the next leaf is as ever"
+
+
+def test_other_scores_that_are_not_finite_are_one_sentence(data, done, monkeypatch):
+    (done / "run" / "base.npz").unlink()
+    with monkeypatch.context() as patch:
+        break_scores(patch)
+        with pytest.raises(HarpError, match=r"^The base model cannot be evaluated: its scores are not finite numbers"):
+            measure(done, data)
+    assert not (done / "run" / "base.npz").exists()
+    measure(done, data)
+    break_scores(monkeypatch)
+    args = HarpConfig(output_dir=str(done / "run"), **SETTINGS)
+    test = load_proxy(data["eval_dataset"])
+    with pytest.raises(HarpError, match=r"^The finetune on all failed: its scores are not finite numbers\.$"):
+        verify(data["dataset"], {"all": np.arange(20)}, test, data["model"], args, LoraConfig(**ADAPTER))
+    assert not list((done / "run").glob("verify/*.npz"))
+
+
 def test_a_failed_leaf_whose_file_is_deleted_is_measured_again(undisturbed, data, done, monkeypatch, made):
     leaf = leaf_of(events.read(undisturbed / "run"), 1)
     (done / "run" / "measurements" / f"{leaf}.npz").unlink()
@@ -462,7 +505,7 @@ def test_a_base_model_that_lacks_memory_or_time(case, data, done, monkeypatch):
     (done / "run" / "base.npz").unlink()
     spoil(monkeypatch, TransformersEvaluator, "_score", lack, 1)
     with pytest.raises(
-        HarpError, match=f"The base model cannot be evaluated: {match}; a smaller `per_device"
+        HarpError, match=f"The base model cannot be evaluated: {match}; with a smaller `per_device"
     ) as caught:
         measure(done, data, measurement_timeout=3)
     assert "\n" not in str(caught.value)

@@ -82,7 +82,12 @@ class ProxyRows:
             row: The row.
             means: Mean log-probability a token of each candidate.
             greedy: Whether greedy decoding gives just one of them.
+
+        Returns:
+            `float`: In [0, 1]; NaN where a mean is.
         """
+        if np.isnan(means).any():
+            return float("nan")
         if self.metrics[row] == "exact_match":
             return float(greedy)
         if self.metrics[row] == "likelihood":

@@ -60,7 +60,7 @@ def base_scores(
         `dict`: `scores` (n_proxy,), `tokens` and `seconds` of the evaluation.
 
     Raises:
-        HarpError: The evaluation runs out of memory or time.
+        HarpError: The evaluation runs out of memory or time, or a score is not a finite number.
     """
     if given is None and not run.holds("base.npz"):
         record_base(run, score_base(evaluator, limit))
@@ -84,8 +84,11 @@ def score_base(evaluator: Callable[[], Evaluator], limit: float | None = None) -
             scores = judge.evaluate([None])[0]
     except FinetuneError as error:
         raise HarpError(
-            f"The base model cannot be evaluated: {error}; a smaller `per_device_eval_batch_size` needs less memory."
+            f"The base model cannot be evaluated: {error}; with a smaller `per_device_eval_batch_size`, in another "
+            "`output_dir`, it needs less memory."
         ) from error
+    if not np.isfinite(scores).all():
+        raise HarpError("The base model cannot be evaluated: its scores are not finite numbers.")
     return {"scores": scores, "tokens": judge.tokens - before, "seconds": time.monotonic() - started}
 
 
@@ -128,7 +131,8 @@ def measure_batch(
 ) -> list[dict[str, Any]]:
     """Finetune on leaves one after another, then score all their adapters in one call, whose cost they share.
 
-    Arguments as of [`measure_leaves`]; a leaf that runs out of memory or time has failed, those beside it have not.
+    Arguments as of [`measure_leaves`]; a leaf that runs out of memory or time, or has a score that is not a finite
+    number, has failed, those beside it have not.
     """
     with temporary_folder() as folder:
         adapters = [Path(folder) / f"{leaf_name(leaf).replace(' ', '-')}-seed-{seed}" for leaf, seed in batch]
@@ -160,8 +164,10 @@ def measure_batch(
             "tokens_evaluation": tokens / len(trained),
             "seconds_evaluation": seconds / len(trained),
         }
-        if scores is not None:
+        if scores is not None and np.isfinite(scores[place]).all():
             measurements[n]["scores"] = scores[place]
+        elif scores is not None:
+            measurements[n]["reason"] = "its scores are not finite numbers"
     return measurements
 
 
