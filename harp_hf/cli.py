@@ -89,7 +89,7 @@ def _usage(asked: bool, given: list[str]) -> None:
 def _measure(command: str, argv: list[str]) -> None:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from .config import HarpConfig
+    from .config import MODEL_DEFAULTS, HarpConfig
     from .processes import is_main, leave
 
     @dataclass
@@ -105,8 +105,7 @@ def _measure(command: str, argv: list[str]) -> None:
         )
 
     parser = _parser(command, HarpScriptArguments, HarpConfig, ModelConfig)
-    # A leaf finetune is a LoRA, and its dtype follows bf16 unless asked for.
-    parser.set_defaults(use_peft=True, dtype=None)
+    parser.set_defaults(**MODEL_DEFAULTS)
     script, args, model = _parse(parser, argv)
     if args.log_level != "passive":
         logging.getLogger("harp_hf").setLevel({"detail": "DEBUG"}.get(args.log_level, args.log_level.upper()))
@@ -197,11 +196,11 @@ def _inputs(script: Any, args: HarpConfig, model: ModelConfig) -> tuple[Any, ...
 
 
 def _select_with(script: Any, args: HarpConfig, model: ModelConfig) -> str:
-    from .baselines import MEASURED, selector
-    from .baselines.choose import choose
+    from .baselines import MEASURED
+    from .baselines.choose import check_selector, choose
 
     name, script.selector = script.selector, None
-    selector(name)  # an unknown name is said before anything is read
+    check_selector(name, args)  # what is wrong is said before anything is read
     result = _run(script, args, model) if name in MEASURED else None
     rows, cost = choose(name, *_inputs(script, args, model), result=result)
     return f"{cost}\nSelection written to {_write(rows, args.output_dir or 'harp_output', name)}."

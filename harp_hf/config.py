@@ -20,6 +20,8 @@ from .priors import Prior
 PRIORS = get_args(Prior)
 BACKENDS = ("auto", "transformers", "vllm")
 EXECUTORS = ("local", "ray")
+# Of TRL's `ModelConfig` where nothing is said: a leaf finetune is a LoRA, and its dtype follows bf16.
+MODEL_DEFAULTS = {"use_peft": True, "dtype": None}
 
 
 def lacks_accelerator() -> bool:

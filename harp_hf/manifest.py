@@ -9,9 +9,10 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from trl import ModelConfig
 
 from . import __version__
-from .config import HarpConfig, lacks_accelerator
+from .config import MODEL_DEFAULTS, HarpConfig, lacks_accelerator
 from .evaluation.backends import choose_backend
 from .texts import is_secret, without_tokens
 
@@ -57,8 +58,8 @@ def describe_call(args: HarpConfig, *others: Any) -> dict[str, Any]:
     defaults["use_cpu"] = args.use_cpu and lacks_accelerator()
     changed = {k: v for k, v in args.to_dict().items() if k != "hub_token" and v != defaults[k]}
     for other in others:
-        plain = type(other)()
-        changed |= {k: v for k, v in vars(other).items() if v != getattr(plain, k)}
+        plain = vars(type(other)()) | (MODEL_DEFAULTS if isinstance(other, ModelConfig) else {})
+        changed |= {k: v for k, v in vars(other).items() if v != plain[k]}
     return {"output_dir": args.output_dir} | _plain(changed)
 
 

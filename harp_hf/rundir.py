@@ -66,10 +66,9 @@ class RunDir:
         try:
             lock.acquire()
         except Timeout as error:
-            told = self.file(_OWNER)
-            by = told.read_text(encoding="utf-8") if told.exists() else "another process"
             raise RunDirError(
-                f"The run directory {self.path} is in use by {by}: wait for its end, or use another `output_dir`."
+                f"The run directory {self.path} is in use by {self.owner()}: wait for its end, or use another "
+                "`output_dir`."
             ) from error
         except OSError as error:
             raise RunDirError(f"The run directory {self.path} cannot be written.") from error
@@ -83,7 +82,11 @@ class RunDir:
             lock.release()
 
     def is_locked(self) -> bool:
-        """Whether a run is in this directory now."""
+        """Whether a run is in this directory now.
+
+        Raises:
+            RunDirError: The lock cannot be looked at, such as that of another user.
+        """
         if not self.file(_LOCK).exists():
             return False
         try:
@@ -91,6 +94,13 @@ class RunDir:
                 return False
         except Timeout:
             return True
+        except OSError as error:
+            raise RunDirError(f"{self.file(_LOCK)} cannot be opened: {error.strerror}.") from error
+
+    def owner(self) -> str:
+        """The process that is in this directory, or was last."""
+        told = self.file(_OWNER)
+        return told.read_text(encoding="utf-8") if told.exists() else "another process"
 
     def log(self, event: str, **fields: Any) -> None:
         """Append a line to the event log, with the time and the memory used so far.

@@ -11,7 +11,7 @@ import yaml
 from peft import PeftConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .config import HarpConfig
+from .config import MODEL_DEFAULTS, HarpConfig
 from .errors import ConfigError, reason
 from .manifest import describe_call, describe_settings
 from .models import default_peft_config
@@ -25,9 +25,8 @@ def read_settings(config: Mapping[str, Any]) -> tuple[HarpConfig, ModelConfig]:
     """
     known = [{field.name for field in fields(kind) if field.init} for kind in (HarpConfig, ModelConfig)]
     args = HarpConfig(**{name: value for name, value in config.items() if name in known[0]})
-    # As on the command line: a leaf finetune is a LoRA, and its dtype follows bf16 unless asked for.
     given = {name: value for name, value in config.items() if name in known[1]}
-    model = ModelConfig(**({"use_peft": True, "dtype": None} | given))
+    model = ModelConfig(**(MODEL_DEFAULTS | given))
     args.model_init_kwargs = model_kwargs(model) | (args.model_init_kwargs or {}) or None
     return args, model
 

@@ -21,7 +21,7 @@ class Status:
         path (`Path`): The run directory.
         running (`bool`): Whether a process is in the directory now.
         ended (`str`): How the last start ended: `"finished"`, why it stopped, or nothing where it could not say.
-        owner (`str`): The process of the last start.
+        owner (`str`): The process that is in the directory, or was last.
         stage (`str`): What it does, or did last.
         planned (`int`): Finetunes that it needs in all.
         measured (`int`): Those that are done.
@@ -54,7 +54,9 @@ class Status:
 
     def summary(self) -> str:
         """All of it, for people, a line a topic."""
-        if self.running:
+        if self.running and self.ended == "finished":
+            state = f"finished, and in use by {self.owner}"
+        elif self.running:
             state = f"running ({self.owner})"
         elif self.ended == "finished":
             state = "finished"
@@ -105,7 +107,7 @@ def read_status(path: str | Path) -> Status:
     stages = [event["stage"] for event in start if event["event"] == "stage"]
     planned, measured, pace = _plan(start)
     return Status(
-        run.path, running, ended, f"process {start[0]['pid']} on {start[0]['host']}",
+        run.path, running, ended, run.owner(),
         stages[-1] if stages else "", planned, measured,
         {(event["leaf"], event["seed"]): event["reason"] for event in leaves if "reason" in event},
         {

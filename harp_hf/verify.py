@@ -173,7 +173,7 @@ def verify_run(
         processing_class: The tokenizer, where the run had one that is not the model's own.
 
     Raises:
-        HarpError: The run is not finished, or something passed cannot be used.
+        HarpError: The run is not finished, something passed cannot be used, or another process is in the directory.
     """
     check_whole("seeds", seeds, 1)
     if not epochs > 0:
@@ -195,12 +195,13 @@ def verify_run(
         compared[WHOLE] = [np.arange(len(result.pool))] * seeds
     compared[name] = [rows] * seeds
     scores = {}
-    for other, sets in compared.items():
-        found = []
-        for seed, some in zip(numbers, sets, strict=False):
-            logger.info("Verifying %s: %d rows, seed %d.", other, len(some), seed)
-            found.append(trials.run(some, seed, epochs, other.replace(" ", "-")).scores[0])
-        scores[other] = np.stack(found)
+    with RunDir(path).locked():
+        for other, sets in compared.items():
+            found = []
+            for seed, some in zip(numbers, sets, strict=False):
+                logger.info("Verifying %s: %d rows, seed %d.", other, len(some), seed)
+                found.append(trials.run(some, seed, epochs, other.replace(" ", "-")).scores[0])
+            scores[other] = np.stack(found)
     return Proof(test, name, {other: len(sets[0]) for other, sets in compared.items()}, scores, epochs)
 
 
@@ -223,6 +224,7 @@ def _reopen(
         raise ConfigError(f"The model of {run.path} was an object in memory: pass it as `model`.")
     if isinstance(given, str) and not _same_model(given, known):
         raise ConfigError(f"The model {given!r} is not the one that {run.path} was measured with.")
+    args.output_dir = str(run.path)  # the run may have been moved
     args.chat_template_path = None  # its file may be another by now, or gone
     tokenizer = prepare_tokenizer(processing_class or load_tokenizer(given, args), args)
     if describe_tokenizer(tokenizer) != tokens:

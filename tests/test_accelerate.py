@@ -103,6 +103,7 @@ def test_processes_decide_alike(disk, tmp_path, tiny_model):
     [
         (["--leaf_size", "1"], "`leaf_size` must be a whole number of at least 2, but it is 1."),
         (["--dataset_name", "none.jsonl"], "The pool none.jsonl is not there."),
+        (["--selector", "exhaustive"], "A baseline is made by one process: start it without a launcher."),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -14,7 +14,9 @@ from harp_hf import cli
 from harp_hf.config import bf16_is_fast, lacks_accelerator
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
+from harp_hf.models import load_kwargs
 from harp_hf.saved import load_result
+from harp_hf.settings import read_settings
 
 OURS = ["phi", "phi_red", "phi_sd_red", "phi_green", "phi_sd_green", "harp_leaf", "harp_parent", "harp_rank",
         "harp_measured", "harp_row"]  # fmt: skip
@@ -163,7 +165,6 @@ def test_the_config_that_a_run_writes_repeats_it(run, disk, tmp_path, counted, c
         "output_dir": str(run[0]), "dataset_name": str(disk / "pool.jsonl"), "variant": "harp-e", "budget": 30,
         "eval_dataset_name": str(disk / "proxy.jsonl"), **SETTINGS,
         "model_name_or_path": yaml.safe_load((disk / "harp.yaml").read_text())["model_name_or_path"],
-        "use_peft": True, "dtype": None,
     }  # fmt: skip
     if lacks_accelerator():  # then it is the default
         del expected["use_cpu"]
@@ -179,6 +180,16 @@ def test_the_config_that_a_run_writes_repeats_it(run, disk, tmp_path, counted, c
     assert load_result(tmp_path / "other").select().to_list() == before
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (run[0], tmp_path / "other")]
     assert manifests[0] == manifests[1]
+
+
+def test_a_dtype_that_is_asked_for_is_written_down(disk, tmp_path, counted, capsys):
+    flags = ["--max_measurements", "1", "--output_dir", str(tmp_path / "run"), "--bf16", "true", "--dtype", "float32"]
+    cli.main(["measure", "--config", str(disk / "harp.yaml"), *flags])
+    before = dict(counted)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert load_kwargs(read_settings(written)[0])["dtype"] == "float32", "it would follow bf16"
+    cli.main(["measure", "--config", str(tmp_path / "run" / "config.yaml")])
+    assert counted == before
 
 
 @pytest.mark.parametrize("command", ["select", "measure"])

@@ -167,6 +167,22 @@ def test_the_status_of_a_running_run(measure, tmp_path, monkeypatch, capsys):
     assert told[2]["last event"].startswith("leaf at ")
 
 
+def test_the_status_of_a_finished_run_that_another_process_is_in(whole, tmp_path):
+    with RunDir(tmp_path / "run").locked():
+        (tmp_path / "run" / ".owner").write_text("process 7 on host")
+        told = read_status(tmp_path / "run").summary()
+    assert told.startswith(f"{tmp_path / 'run'}: finished, and in use by process 7 on host\n")
+
+
+def test_a_lock_of_another_user_is_one_sentence(whole, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("harp_hf.rundir.FileLock.__enter__", refuse)
+    with pytest.raises(RunDirError, match=r"\.lock cannot be opened: Permission denied\.$"):
+        read_status(tmp_path / "run")
+
+
 def test_looking_keeps_no_run_out(tmp_path):
     run, looking = RunDir(tmp_path), threading.Event()
 

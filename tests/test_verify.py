@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from contextlib import suppress
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 import harp_hf
 from harp_hf import HarpConfig, checkpoints, cli
 from harp_hf.baselines import SELECTORS
+from harp_hf.baselines.less import LESS
 from harp_hf.errors import ConfigError, DataError, HarpError
 from harp_hf.finetune import LeafFinetuner, LeafTrainer
 from harp_hf.intervals import mean_intervals
@@ -388,7 +390,7 @@ def test_selectors_share_what_the_run_has_measured(run, disk, made, capsys):
     assert (run / "config.yaml").read_bytes() == before
 
 
-def test_what_a_selector_cannot_do_is_one_sentence(disk, tmp_path):
+def test_what_a_selector_cannot_do_is_one_sentence(disk, tmp_path, monkeypatch):
     flags = ["--config", str(disk / "harp.yaml"), "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as caught:
         cli.main(["select", *flags, "--selector", "best"])
@@ -401,5 +403,17 @@ def test_what_a_selector_cannot_do_is_one_sentence(disk, tmp_path):
     config = yaml.safe_load((disk / "harp.yaml").read_text())
     del config["budget"]
     (tmp_path / "harp.yaml").write_text(yaml.safe_dump(config | {"output_dir": str(tmp_path / "run")}))
-    with pytest.raises(SystemExit, match="`budget` is needed: the selector 'random' ranks all rows"):
-        cli.main(["select", "--config", str(tmp_path / "harp.yaml"), "--selector", "random"])
+    monkeypatch.setattr(LESS, "rank", lambda *_: pytest.fail("it is said before anything costly is done"))
+    with pytest.raises(SystemExit, match="`budget` is needed: the selector 'less' ranks all rows"):
+        cli.main(["select", "--config", str(tmp_path / "harp.yaml"), "--selector", "less"])
+
+
+def test_a_moved_run_is_verified_where_it_is_and_by_one_process(run, disk, tmp_path, made):
+    shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("verify"))
+    before = sorted(run.rglob("*"))
+    with RunDir(tmp_path / "moved").locked(), pytest.raises(HarpError, match="is in use by process"):
+        verify_run(tmp_path / "moved", str(disk / "test.jsonl"), seeds=1)
+    assert made == []
+    verify_run(tmp_path / "moved", str(disk / "test.jsonl"), seeds=1)
+    assert len(made) == 2
+    assert sorted(run.rglob("*")) == before

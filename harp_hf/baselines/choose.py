@@ -14,8 +14,22 @@ from ..quiet import quiet
 from ..result import HarpResult
 from ..rundir import RunDir
 from ..selection import measure
-from . import MEASURED, Cost, selector
+from . import MEASURED, Cost, Selector, selector
 from .problem import open_problem
+
+
+def check_selector(name: str, args: HarpConfig) -> Selector:
+    """The selector of that name, if it can be used with these settings.
+
+    Raises:
+        ConfigError: There is none, it needs a budget, or several processes were launched.
+    """
+    found = selector(name)
+    if args.world_size > 1:
+        raise ConfigError("A baseline is made by one process: start it without a launcher.")
+    if args.budget is None and name not in MEASURED:
+        raise ConfigError(f"`budget` is needed: the selector {name!r} ranks all rows and has no limit of its own.")
+    return found
 
 
 def choose(
@@ -38,7 +52,7 @@ def choose(
     Raises:
         HarpError: As in [`measure`]; also where there is no budget and the selector has no limit of its own.
     """
-    chooser = selector(name)
+    chooser = check_selector(name, args)
     if name in MEASURED and result is None:
         result = measure(dataset, eval_dataset, model, args, peft_config)
     given = read_inputs(dataset, eval_dataset, model, args, peft_config)
@@ -46,8 +60,6 @@ def choose(
         problem = open_problem(given, args, result=result)
         ranking = chooser.rank(problem, args.budget)
     limits = [limit for limit in (args.budget, ranking.stop) if limit is not None]
-    if not limits:
-        raise ConfigError(f"`budget` is needed: the selector {name!r} ranks all rows and has no limit of its own.")
     rows = ranking.rows[: min(limits)]
     if len(rows) == 0:
         raise HarpError(f"The selector {name!r} expects no leaf of the pool to raise the score of the active tasks.")

@@ -25,7 +25,8 @@ class Shapley:
     At most permutations * steps finetunes.
 
     Attributes:
-        permutations (`int`): Random orders of the leaves; with as many as there are, the values are exact.
+        permutations (`int`): Random orders of the leaves; with all that there are, a step for each leaf and no
+            `tolerance`, the values are exact.
         steps (`int`): Unions measured in each order; leaves added in one step share the gain equally.
         tolerance (`float`): An order is cut where its score is that near the score of all leaves.
         rows_per_leaf (`int`, *optional*): Rows that stand for a leaf; `None` for all.
