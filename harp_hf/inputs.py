@@ -30,7 +30,7 @@ from .models import (
     prepare_tokenizer,
 )
 from .null_scores import read_null_scores
-from .pool import check_pool, read_contents
+from .pool import check_pool, read_contents, training_columns
 from .proxy import ProxySet, load_proxy
 from .sources import Labels
 from .tracking import check_trackers
@@ -111,7 +111,7 @@ def read_inputs(
     check_tasks(args, proxy)
     check_trackers(args.report_to)
     tokenizer = prepare_tokenizer(processing_class or load_tokenizer(model, args), args)
-    _check_chat_template(pool, proxy, tokenizer)
+    _check_chat_template(pool, proxy, tokenizer, args.dataset_text_field)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     contents = read_contents(pool, args.dataset_text_field, decode, frozenset().union(*proxy.row_keys()))
     _warn_of_leaks(proxy, contents.keys)
@@ -161,12 +161,14 @@ def _check_objects(model: Any, peft_config: Any, processing_class: Any) -> None:
         check_adapter(peft_config)
 
 
-def _check_chat_template(pool: Dataset, proxy: ProxySet, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_chat_template(pool: Dataset, proxy: ProxySet, tokenizer: PreTrainedTokenizerBase, text_field: str) -> None:
     """Raise [`DataError`] where messages meet a tokenizer without chat template, before anything costly is done."""
     if tokenizer.chat_template:
         return
+    read = pool.select_columns(training_columns(pool, text_field))[0]
+    conversational = read.keys() & {"messages", "conversations"} or isinstance(read.get("prompt"), list)
     for what, messages in (
-        ("pool", {"messages", "conversations"} & set(pool.column_names) or isinstance(pool[0].get("prompt"), list)),
+        ("pool", conversational and "input_ids" not in read),
         ("proxy set", any(isinstance(prompt, list) for prompt in proxy.prompts)),
     ):
         if messages:

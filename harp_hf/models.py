@@ -151,13 +151,15 @@ def describe_model(model: str | PreTrainedModel) -> str:
     """What identifies a model in a manifest: name and a digest of the files, or of samples of every weight."""
     digest = hashlib.sha256()
     if isinstance(model, str):
-        for path in sorted(Path(model).glob("*.*")) if Path(model).is_dir() else []:
+        folder = Path(model)
+        # Beside the files there may be folders, such as `.git` and `.cache`.
+        for path in sorted(path for path in folder.glob("*.*") if path.is_file()):
             with path.open("rb") as handle:
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
                 for start in range(0, path.stat().st_size, max(path.stat().st_size // 256, 1)):
                     handle.seek(start)
                     digest.update(handle.read(4096))
-        return f"{model} {digest.hexdigest()[:16]}"
+        return f"{folder if folder.is_dir() else model} {digest.hexdigest()[:16]}"
     for name, weight in model.named_parameters():
         sample = weight.detach().flatten()[:: max(weight.numel() // 256, 1)].float().cpu().numpy()
         digest.update(name.encode() + sample.tobytes())

@@ -132,6 +132,17 @@ def test_quality_compares_what_it_says(quality):
         assert harp["scores"]["auto"]["mean"] >= harp["scores"]["exact_match"]["mean"]
 
 
+@pytest.mark.parametrize("change", [{"num_repeats": 2}, {"active_tasks": ["red"]}, {"task_weights": {"red": 2.0}}],
+                         ids=lambda change: next(iter(change)))  # fmt: skip
+def test_results_of_other_choices_stand_in_no_table_together(quality, made, tmp_path, change):
+    folder, flags = quality
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | change))
+    with pytest.raises(DataError, match="made with another settings"):
+        run("quality", *flags, "--config", tmp_path / "config.yaml", "--selectors", "random")
+    assert made == []
+
+
 def test_options_of_selectors_hold_them_to_an_effort(quality, made, capsys):
     folder, flags = quality
     flags = [*flags, "--results", folder / "options.json", "--seeds", 0, "--selectors", "datamodels"]

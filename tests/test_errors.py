@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 import harp_hf
 from harp_hf.config import HarpConfig
 from harp_hf.errors import ConfigError, DataError, HarpError, RunDirError
+from harp_hf.inputs import read_inputs
+from harp_hf.models import describe_model
 
 MESSAGES = [{"role": "user", "content": "say the red :"}]
 
@@ -278,6 +280,15 @@ def test_messages_with_a_tokenizer_without_chat_template(what, refused, tiny_mod
         "proxy set": {"eval_dataset": Dataset.from_list([{"prompt": MESSAGES, "answer": "a"}])},
     }
     refused(DataError, f"The {what} has messages, but .* no chat template", processing_class=tokenizer, **given[what])
+
+
+def test_columns_that_no_finetune_reads_need_no_chat_template(pool, proxy, tiny_model, config):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    pool = pool.add_column("messages", [MESSAGES] * len(pool))
+    read_inputs(pool, proxy, tiny_model, config(), processing_class=tokenizer)
+    pool = pool.add_column("input_ids", [[5, 6, 7]] * len(pool)).remove_columns("completion")
+    read_inputs(pool, proxy, tiny_model, config(), processing_class=tokenizer)
 
 
 # Features
@@ -613,3 +624,14 @@ def test_explaining_a_row_that_is_not_there(row, finished, pool):
 def test_a_choice_that_cannot_be_made(changes, match, finished, pool):
     result = harp_hf.load_result(finished, pool)
     refusal(ConfigError, match, lambda: result.select(**changes))
+
+
+def test_a_model_folder_is_known_by_its_files_alone(tiny_model, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    known = describe_model("model")
+    (tmp_path / "model" / ".cache" / "huggingface").mkdir(parents=True)  # as `hf download --local-dir` leaves it
+    (tmp_path / "model" / "dangling.txt").symlink_to("nowhere")
+    assert describe_model("model") == describe_model("model/") == describe_model("./model") == known
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert describe_model("model") != known

@@ -31,6 +31,7 @@ from harp_hf.baselines.problem import open_problem
 from harp_hf.envelopes import VARIANTS
 from harp_hf.errors import HarpError
 from harp_hf.inputs import read_inputs
+from harp_hf.manifest import describe_call
 from harp_hf.models import describe_model, describe_peft
 from harp_hf.pool import load_rows
 from harp_hf.proxy import load_proxy
@@ -75,6 +76,8 @@ class Benchmark:
         """What results must share to stand in one table; no paths of this machine."""
         args, adapter = self._settings(self.asked.seeds[0])
         settings = {k: v for k, v in changed_settings(args).items() if k not in ("seed", "model_init_kwargs")}
+        choosing = ("num_repeats", "active_tasks", "task_weights")
+        settings |= {k: v for k, v in describe_call(args).items() if k in choosing}
         return {
             "pool": self.given.digest, "proxy": self.proxy.digest, "test": self.test.digest,
             "model": describe_model(self.asked.model).rsplit(" ", 1)[1], "adapter": describe_peft(adapter),
