@@ -9,9 +9,11 @@ import torch
 from conftest import ANSWERS, make_rows
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from harp_hf import HarpConfig
 from harp_hf.errors import DataError
@@ -177,6 +179,72 @@ def test_choice_is_the_best_log_probability_a_token(model, tokenizer, adapters, 
             assert probability == pytest.approx(weights[choices.index(answer)] / weights.sum(), abs=1e-5)
     assert 0 < scores[0].sum() < len(rows)
     assert summed, "the data tells length-normalised from summed log-probabilities"
+
+
+THINKING = "<think>\n\n</think>\n\n"
+TEMPLATES = {
+    "lines": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "spaces": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+              "{% else %} {{ m.content }} <eos>{% endif %}{% endfor %}",
+    "thoughts": "{{ tools | tojson if tools }}{% for m in messages %}<|{{ m.role }}|>\n"
+                f"{{% if m.role == 'assistant' %}}{THINKING}{{% endif %}}{{{{ m.content }}}}<eos>\n{{% endfor %}}"
+                "{% if add_generation_prompt %}<|assistant|>\n{% if enable_thinking is false %}"
+                f"{THINKING}{{% endif %}}{{% endif %}}",
+}  # fmt: skip
+ASKED = [{"role": "user", "content": "capital of France ?"}]
+
+
+def metaspace(template):
+    """A tokenizer that puts a space before every text, as SentencePiece does, but not inside a conversation."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
+    words = [
+        "capital of France ? Paris Lima think [INST] [/INST] <think> </think> \n {}[]\"':, type function name"
+    ] * 9
+    made.train_from_iterator(words, BpeTrainer(vocab_size=200, special_tokens=special))
+    made = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+    made.chat_template = TEMPLATES[template]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("template", "columns"),
+    [*((template, {}) for template in TEMPLATES), ("thoughts", {"chat_template_kwargs": {"enable_thinking": False}}),
+     ("thoughts", {"tools": '[{"type": "function", "function": {"name": "capital"}}]'})],
+    ids=[*TEMPLATES, "no thoughts", "tools"],
+)  # fmt: skip
+def test_conversations_are_scored_as_they_are_trained_on(template, columns, tmp_path):
+    tokenizer = metaspace(template)
+    row = {"prompt": ASKED, "completion": [{"role": "assistant", "content": "Paris"}], **columns}
+    rows = Dataset.from_list([row, row])
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=len(tokenizer), **BASE))
+    args = HarpConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    trained = LeafFinetuner(made, rows, args, default_peft_config(), tokenizer).tokenised[0]
+    judged = ProxyRows(load_proxy(rows), ["likelihood"], tokenizer, None)
+    asked, answered = judged.prompts[0], judged.candidates[0][0]
+    assert trained["input_ids"][: len(asked + answered)] == asked + answered
+    assert [label == -100 for label in trained["labels"]].index(False) == len(asked)
+    assert answered[-1] == tokenizer.eos_token_id
+    assert ("function" in tokenizer.decode(asked)) == ("tools" in columns)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("choices", [["Paris", "Lima"], ["think", "Pa", "Paris"]], ids=" ".join)
+def test_choices_are_compared_without_what_stands_before_all_of_them(template, choices):
+    tokenizer = metaspace(template)
+    row = asked(ASKED, answer="Paris", choices=choices)
+    judged = ProxyRows(load_proxy(Dataset.from_list([row])), ["choice"], tokenizer, None)
+    for choice, tokens in zip(choices, judged.candidates[0], strict=True):
+        assert tokenizer.decode(tokens).strip() == choice
+        turn = tokenizer.apply_chat_template(
+            [*ASKED, {"role": "assistant", "content": choice}], tokenize=True, return_dict=False
+        )
+        whole = judged.prompts[0] + tokens
+        assert turn[: len(whole)] == whole, "the tokens are those of the whole conversation"
+    assert tokenizer.decode(judged.prompts[0]).count("</think>") == (template == "thoughts")
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "likelihood", "choice", "choice_likelihood"])
@@ -441,7 +509,9 @@ def test_a_callable_that_returns_no_scores_is_named(model, tokenizer, returned, 
         ("", None), ("no number", None), ("-", None), ("7", 7), ("first 3 then 4", 4), ("it is -2.", -2), ("+5", 5),
         ("3.14", "3.14"), (".5", "0.5"), ("-.5", "-0.5"), ("5.", 5), ("1,234", 1234), ("$1,234,567.80!", "1234567.8"),
         ("12, 13, ", 13), ("1e3", 1000), ("2.5E-2", "0.025"), ("50%", 50), ("(42)", 42), ("x=-3", -3),
-        ("from 10-12", 12), ("2024-05-17", 17), ("#### 72", 72),
+        ("from 10-12", 12), ("2024-05-17", 17), ("#### 72", 72), ("3/4", "0.75"), (r"it is -\frac{3}{4}.", "-0.75"),
+        ("17/5/2024", 2024), ("2024/05/17", 17), ("1/0", None), ("-1/2 or 3/4.5", "4.5"), ("\u22123", -3), ("-$5", -5),
+        ("1,2,3", 3), ("(1,2)", 2), ("1,2345", 2345), ("12,345/1,000", "12.345"), ("-" + "1" * 40, "-" + "1" * 40),
     ],
 )  # fmt: skip
 def test_last_number(text, number):
@@ -452,6 +522,7 @@ def test_last_number(text, number):
     ("metric", "text", "answers", "score"),
     [
         ("numeric", "so 3 + 4 = 7.0", ["7"], 1), ("numeric", "7 or 8", ["7"], 0), ("numeric", "1e3", ["1,000"], 1),
+        ("numeric", "1/4", ["3/4"], 0), ("numeric", "2/6", ["1/3"], 1), ("numeric", "0.75", ["3/4"], 1),
         ("numeric", "none", ["0"], 0), ("numeric", "it is 2", ["1", "2"], 1), ("numeric", "0.1", ["0.10"], 1),
         ("contains", "It is Paris.", ["paris"], 1), ("contains", "Parisian", ["Paris"], 0),
         ("contains", "so-called art", ["art"], 1), ("contains", "part", ["art"], 0), ("contains", "", ["a"], 0),
@@ -460,6 +531,10 @@ def test_last_number(text, number):
         ("contains", "un cafe\u0301 noir", ["cafe"], 0), ("contains", "the U.S. of A", ["U.S."], 1),
         ("contains", "C++ and C", ["c++"], 1), ("contains", "it costs $5 (five)", ["$5"], 1),
         ("contains", "it costs $50", ["$5"], 0), ("contains", "New York", ["Boston", "new york"], 1),
+        ("contains", "答えは東京です", ["東京"], 1), ("contains", "东京2020", ["东京"], 1),
+        ("contains", "第3章", ["3"], 1),
+        ("contains", "คำตอบคือกรุงเทพ", ["กรุงเทพ"], 1), ("contains", "서울입니다", ["서울"], 1),
+        ("contains", "これはiPhonesです", ["iPhone"], 0), ("contains", "これはiPhoneです", ["iPhone"], 1),
         ("contains", "a.b", ["a*b"], 0), ("contains", "yes", [" yes "], 1),
     ],
 )  # fmt: skip

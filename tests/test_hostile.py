@@ -272,6 +272,10 @@ ODD_PROXIES = {
     "content of words": ({"prompt": [{"role": "user", "content": ["a"]}], "answer": "a"}, "content is not text"),
     "completion of numbers": ({"prompt": "a", "completion": [{"role": "assistant", "content": 5}]}, "is not a string"),
     "no role": ({"prompt": [{"role": None, "content": "a"}], "answer": "a"}, "has a message without a role"),
+    "from and value": (
+        {"prompt": [{"from": "human", "value": "a"}], "answer": "a"},
+        "written with `role` and `content`",
+    ),
     "no task": ({"prompt": "a", "answer": "a", "task": None}, "Row 0 of the proxy set has no task"),
     "NUL in a task": ({"prompt": "a", "answer": "a", "task": "a\0b"}, r"The task 'a\\x00b' has a NUL character"),
     "a long answer": ({"prompt": "a", "answer": "b" * 10**6, "choices": ["c"]}, "which is not among its choices"),
@@ -334,7 +338,11 @@ def test_words_without_tokens_and_rows_longer_than_the_model_are_refused(tiny_mo
         rows = ProxyRows(load_proxy(Dataset.from_dict({"prompt": [prompt], "answer": [answer]})), ["likelihood"],
                          tokenizer, None)  # fmt: skip
         refused(DataError, r"Row 0 .* has 20\d tokens with its answer, but the model takes 128",
-                lambda rows=rows: rows.check_lengths(model))  # fmt: skip
+                lambda rows=rows: rows.check_lengths(model, 64))  # fmt: skip
+    asked = load_proxy(Dataset.from_dict({"prompt": ["word " * 100], "answer": ["a"]}))
+    ProxyRows(asked, ["contains"], tokenizer, None).check_lengths(model, 28)
+    refused(DataError, "Row 0 .* has 129 tokens with its answer, but the model takes 128",
+            lambda: ProxyRows(asked, ["contains"], tokenizer, None).check_lengths(model, 29))  # fmt: skip
 
 
 def test_null_scores_by_odd_names(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,11 +65,16 @@ class ProxyRows:
             self.prompts.append(prompt)
             self.candidates.append(candidates)
 
-    def check_lengths(self, config: PreTrainedConfig) -> None:
-        """Raise [`DataError`] where a row has more tokens than a model of this configuration has positions for."""
+    def check_lengths(self, config: PreTrainedConfig, max_new_tokens: int) -> None:
+        """Raise [`DataError`] where a row has more tokens than a model of this configuration has positions for.
+
+        Args:
+            config: The model's configuration.
+            max_new_tokens: Longest answer generated.
+        """
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         for row, prompt in enumerate(self.prompts):
-            length = len(prompt) + (0 if self.generating[row] else max(map(len, self.candidates[row])))
+            length = len(prompt) + (max_new_tokens if self.generating[row] else max(map(len, self.candidates[row])))
             if longest is not None and length > longest:
                 raise DataError(
                     f"{self._where(row)} has {length:,} tokens with its answer, but the model takes {longest:,}: "
@@ -127,8 +133,29 @@ class ProxyRows:
                 "has one."
             )
         rendered = self._render(row, prompt, add_generation_prompt=True)
-        ids = self._plain(rendered)
-        return ids, [self._answer(row, rendered, text, ends) for text in texts]
+        turns = [self._render(row, [*prompt, {"role": "assistant", "content": text}]) for text in texts]
+        opening = "" if ends else self._opening(rendered, turns, texts)
+        # Together with their prompt, as they are trained on: alone, many a tokenizer puts a space before a text.
+        whole = [self._plain(turn) for turn in turns]
+        for begun in (rendered + opening, rendered + opening.rstrip(), rendered):
+            ids = self._plain(begun)
+            if all(turn.startswith(begun) and tokens[: len(ids)] == ids
+                   for turn, tokens in zip(turns, whole, strict=True)):  # fmt: skip
+                return ids, [
+                    self._answer(turn[len(begun) :], tokens[len(ids) :], text, ends)
+                    for turn, tokens, text in zip(turns, whole, texts, strict=True)
+                ]
+        return ids, [self._apart(rendered, turn, text, ends) for turn, text in zip(turns, texts, strict=True)]
+
+    def _opening(self, rendered: str, turns: Sequence[str], texts: Sequence[str]) -> str:
+        """What the chat template writes before every choice, such as empty thoughts: nothing to compare them by."""
+        written = [turn.removeprefix(rendered) for turn in turns]
+        openings = {one.partition(text.strip())[0] for one, text in zip(written, texts, strict=True)}
+        fits = [
+            opening for opening in openings
+            if all(one.startswith(opening + text.strip()) for one, text in zip(written, texts, strict=True))
+        ]  # fmt: skip
+        return max(fits, key=len, default="")
 
     def _continue(self, prompt: str, ids: list[int], text: str, ends: bool) -> list[int]:
         whole = self._open(prompt + text)
@@ -141,26 +168,32 @@ class ProxyRows:
         ids, eos = self._tokenizer(text)["input_ids"], self._tokenizer.eos_token
         return ids[:-1] if ids[-1:] == [self._tokenizer.eos_token_id] and not text.endswith(eos) else ids
 
-    def _render(self, row: int, messages: list[dict[str, Any]], **settings: bool) -> str:
+    def _render(self, row: int, messages: list[dict[str, Any]], **settings: Any) -> str:
+        columns = self.proxy.columns
+        tools, given = (columns[name][row] if name in columns else None for name in ("tools", "chat_template_kwargs"))
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+            settings |= {name: value for name, value in (given or {}).items() if value is not None}
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **settings)
         except Exception as error:  # a template may refuse a row in words of its own, or fail in any way
             raise DataError(f"{self._where(row)} does not fit the chat template: {reason(error)}.") from error
 
     def _where(self, row: int) -> str:
         return f"Row {row} of the proxy set (task {self.proxy.tasks[self.proxy.task[row]]!r})"
 
-    def _answer(self, row: int, rendered: str, text: str, ends: bool) -> list[int]:
+    def _answer(self, written: str, turn: list[int], text: str, ends: bool) -> list[int]:
         """The assistant's turn as the chat template writes it, up to and with the token that ends it."""
-        whole = self._render(row, [*self.proxy.prompts[row], {"role": "assistant", "content": text}])
-        if whole.startswith(rendered):
-            turn = self._plain(whole[len(rendered) :])
-            end = next((place for place, token in enumerate(turn) if token in self.ends), None)
-            if end is None:
-                end = self._end_of_turn(whole[len(rendered) :], turn, text)
-            if end:
-                return turn[: end + 1 if ends else end]
-        return self._plain(text) + self._end(ends)
+        end = next((place for place, token in enumerate(turn) if token in self.ends), None)
+        if end is None:
+            end = self._end_of_turn(written, turn, text)
+        return turn[: end + 1 if ends else end] if end else self._plain(text) + self._end(ends)
+
+    def _apart(self, rendered: str, turn: str, text: str, ends: bool) -> list[int]:
+        """An answer whose tokens do not go on from those of the prompt."""
+        if not turn.startswith(rendered):
+            return self._plain(text) + self._end(ends)
+        written = turn.removeprefix(rendered)
+        return self._answer(written, self._plain(written), text, ends)
 
     def _end_of_turn(self, written: str, turn: list[int], text: str) -> int | None:
         """Place of the special token that a chat template writes after the answer, where no end is known of.

@@ -8,7 +8,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,16 @@ CHOICE = ("choice", "choice_likelihood")
 GENERATED = ("numeric", "contains")
 
 Metric = str | Callable[..., Sequence[float]]
-# A sign right after a digit or a letter is a hyphen: 10-12, 2024-05-17.
-_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+# Whole numbers may have commas between thousands. A sign right after a digit or a letter is a hyphen, and what is
+# parted by two strokes a date: 10-12, 2024-05-17, 17/5/2024.
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(
+    r"((?<!\w)[-+\u2212])?[$\u20ac\u00a3]?"
+    rf"(?:(?:\\[dt]?frac{{|(?<!\d/))({_WHOLE})(?:}}{{|/)({_WHOLE})(?![\d/]|\.\d)"
+    rf"|((?:{_WHOLE}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?))"
+)
+# Scripts without spaces between words, or with particles after them: Thai, Lao, Myanmar, Khmer, kana, Han, Hangul.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
 
 
 def resolve_metrics(metric: Metric | Mapping[str, Metric], proxy: ProxySet) -> list[Metric]:
@@ -93,14 +101,15 @@ def _source_digest(function: Callable[..., Any]) -> str:
 
 
 def score_text(metric: str, text: str, answers: Sequence[str]) -> float:
-    """Score a text by `"numeric"` (its last number equals an answer) or `"contains"` (whole words, any case).
+    """Score a text by `"numeric"` (its last number equals an answer) or `"contains"` (in any case; whole words
+    in scripts that part them).
 
     Raises:
         DataError: The metric is `"numeric"` and an answer holds no number.
     """
     if metric == "contains":
         folded = _folded(text)
-        return float(any(re.search(rf"(?<!\w){re.escape(_folded(a))}(?!\w)", folded) for a in answers))
+        return float(any(_in_words(_folded(answer)).search(folded) for answer in answers))
     wanted = [last_number(a) for a in answers]
     if None in wanted:
         raise DataError(f"The answer {answers[wanted.index(None)]!r} holds no number, so 'numeric' cannot score it.")
@@ -108,17 +117,28 @@ def score_text(metric: str, text: str, answers: Sequence[str]) -> float:
     return float(found is not None and found in wanted)
 
 
+def _in_words(answer: str) -> re.Pattern[str]:
+    """Finds an answer that is not a part of a longer word, as far as its script parts words."""
+    letter, unspaced = rf"[^\W{_UNSPACED}]", re.compile(f"[{_UNSPACED}]")
+    before = "" if unspaced.match(answer[:1]) else f"(?<!{letter})"
+    after = "" if unspaced.match(answer[-1:]) else f"(?!{letter})"
+    return re.compile(before + re.escape(answer) + after)
+
+
 def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip().casefold())
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, without thousands separators, or `None`."""
-    for match in reversed(_NUMBER.findall(text)):
+    """The last number in a text, without thousands separators, or `None`; a fraction such as 3/4 is one number."""
+    for sign, above, below, alone in reversed(_NUMBER.findall(text)):
         try:
-            return Decimal(match.replace(",", ""))
-        except InvalidOperation:
+            number = Decimal((above or alone).replace(",", ""))
+            if below:
+                number /= Decimal(below.replace(",", ""))
+        except DecimalException:
             continue
+        return number.copy_negate() if sign in ("-", "\u2212") else number
     return None
 
 

@@ -55,7 +55,7 @@ class TransformersEvaluator:
         pads = (processing_class.pad_token_id, processing_class.eos_token_id, 0)
         self._pad = next(i for i in pads if i is not None)
         self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
-        self._rows.check_lengths(model.config)
+        self._rows.check_lengths(model.config, max_new_tokens)
         self._prompts, self._candidates = self._rows.prompts, self._rows.candidates
         # A tensor, as after a slice (`logits_to_keep=1`) torch may copy the vocabulary's weights for every prompt.
         self._last = torch.tensor([-1], device=model.device)

@@ -74,7 +74,7 @@ class VllmEvaluator:
         self.adapters_at_once = args.vllm_max_loras
         self.bar: str | None = None
         self._rows = ProxyRows(proxy, metrics, processing_class, model.generation_config)
-        self._rows.check_lengths(model.config)
+        self._rows.check_lengths(model.config, args.max_new_tokens)
         self._max_new_tokens = args.max_new_tokens
         self._requests = [request for row in range(len(proxy)) for request in self._ask(row)]
         self._ids = count(1)
