@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from .errors import DataError, reason
@@ -95,6 +95,10 @@ def check_pool(pool: Dataset, text_field: str = "text") -> None:
             f"The pool has the columns {', '.join(pool.column_names)}, but it needs `messages`, `prompt` and "
             f"`completion`, `{text_field}` or `input_ids`."
         )
+    for name in {"prompt", "completion", text_field} & set(training_columns(pool, text_field)):
+        kind = pool.features[name]
+        if isinstance(kind, Value) and kind.dtype not in ("null", "string", "large_string"):
+            raise DataError(f"The pool's column {name!r} holds {kind.dtype}, not text.")
     clash = sorted(c for c in columns if c in RESULT_COLUMNS or c.startswith(("phi_", "phi_sd_")))
     if clash:
         raise DataError(

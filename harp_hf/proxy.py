@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from .errors import DataError, reason
-from .pool import content, lacks_role, load_rows, row_key
+from .pool import content, load_rows, row_key
 
 Prompt = str | list[dict[str, Any]]
 
@@ -74,9 +74,10 @@ def load_proxy(source: Any, *, name: str | None = None, split: str = "test") -> 
     """Read and check a proxy set.
 
     Args:
-        source: Rows with `prompt` (string or messages) and `answer` (string or list of accepted strings) or
-            `completion`, and optionally `task` and `choices`: a `Dataset`, a path or a Hub id as in [`load_rows`]; or
-            a `DatasetDict` (or a dict of datasets) without `task` columns, each key of which is one task.
+        source: Rows with `prompt` (string or messages) and `answer` (string or list of accepted strings) or, where
+            there is none, `completion` (the exact continuation), and optionally `task`, `choices`, `tools` and
+            `chat_template_kwargs` (both as TRL takes them): a `Dataset`, a path or a Hub id as in [`load_rows`]; or a
+            `DatasetDict` (or a dict of datasets) without `task` columns, each key of which is one task.
 
     Raises:
         DataError: A column is missing, or a row has no prompt, no answer, no task, or an answer that is not among its
@@ -92,9 +93,9 @@ def load_proxy(source: Any, *, name: str | None = None, split: str = "test") -> 
         named = {task: load_rows(rows, what=f"proxy set of task {task!r}") for task, rows in source.items()}
         if all("task" not in rows.column_names for rows in named.values()):
             return _parse(_join(named))
-    rows = load_rows(DatasetDict(source) if isinstance(source, dict) else source, what="proxy set", name=name,
-                     split=split)  # fmt: skip
-    return _parse(rows)
+    if isinstance(source, dict):
+        source = source[split] if split in source else DatasetDict(source)
+    return _parse(load_rows(source, what="proxy set", name=name, split=split))
 
 
 def _join(named: dict[str, Dataset]) -> Dataset:
@@ -114,9 +115,11 @@ def _parse(rows: Dataset) -> ProxySet:
         raise DataError(
             f"The proxy set has the columns {', '.join(columns)}, but it needs `prompt` and `answer` or `completion`."
         )
-    exact = "answer" not in columns
-    answers = [_answers(value) for value in columns["completion" if exact else "answer"]]
-    choices = [value or [] for value in columns.get("choices", [None] * len(rows))]
+    none = [None] * len(rows)
+    given, completions = columns.get("answer", none), columns.get("completion", none)
+    exact = [answer is None and completion is not None for answer, completion in zip(given, completions, strict=True)]
+    answers = [_answers(completions[i] if exact[i] else given[i]) for i in range(len(rows))]
+    choices = [value or [] for value in columns.get("choices", none)]
     named = columns.get("task", ["task"] * len(rows))
     if None in named:
         raise DataError(f"Row {named.index(None)} of the proxy set has no task.")
@@ -124,7 +127,7 @@ def _parse(rows: Dataset) -> ProxySet:
     for i, prompt in enumerate(columns["prompt"]):
         _check(f"Row {i} of the proxy set (task {names[i]!r})", prompt, answers[i], choices[i])
     for i, prompt in enumerate(columns["prompt"]):
-        if isinstance(prompt, str) and not exact:
+        if isinstance(prompt, str) and not exact[i]:
             answers[i] = [_continuation(prompt, a) for a in answers[i]]
             choices[i] = [_continuation(prompt, c) for c in choices[i]]
     tasks = list(dict.fromkeys(names))
@@ -154,8 +157,8 @@ def _check(where: str, prompt: Any, answers: list[Any], choices: Any) -> None:
         raise DataError(f"{where} has a message whose content is not text.") from error
     if empty:
         raise DataError(f"{where} has an empty prompt.")
-    if lacks_role(prompt):
-        raise DataError(f"{where} has a message without a role.")
+    if messages and not all(message.get("role") for message in prompt):
+        raise DataError(f"{where} has a message without a role: each is written with `role` and `content`.")
     for answer in answers:
         if not isinstance(answer, str | None):
             raise DataError(f"{where} has the answer {answer!r}, which is not a string.")

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,13 @@ BAD_POOLS = {
         lambda pool: Dataset.from_list([{"messages": [{"role": "assistant", "content": None, "tool_calls": None}]}]),
         "Row 0 of the pool has no text",
     ),
-    "text of numbers": (lambda pool: Dataset.from_dict({"text": [1, 2]}), "Row 0 of the pool has no text"),
+    "text of numbers": (
+        lambda pool: Dataset.from_dict({"text": [1, 2]}), "The pool's column 'text' holds int64, not text"
+    ),
+    "prompts of dates": (
+        lambda pool: Dataset.from_list([{"prompt": datetime(2024, 5, 10), "completion": "a"}]),
+        r"The pool's column 'prompt' holds timestamp\[us\], not text",
+    ),
     "no tokens": (lambda pool: Dataset.from_dict({"input_ids": [[6, 7], []]}), "Row 1 of the pool has no text"),
 }  # fmt: skip
 

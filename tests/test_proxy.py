@@ -47,6 +47,14 @@ def test_an_answer_goes_before_a_completion():
     assert load({"prompt": "1 + 1 =", "completion": "two", "answer": "2"}).answers == [[" 2"]]
 
 
+def test_some_rows_have_an_answer_and_others_a_completion():
+    proxy = load({"prompt": "1 + 1 =", "answer": "2", "completion": None}, {"prompt": "2 + 2 =", "completion": "4"})
+    assert proxy.answers == [[" 2"], ["4"]]
+    tasks = {"one": Dataset.from_list([{"prompt": "a", "answer": "x"}]),
+             "two": Dataset.from_list([{"prompt": "b", "completion": "y"}])}  # fmt: skip
+    assert load_proxy(tasks).answers == [[" x"], ["y"]]
+
+
 def test_messages_are_answered_without_a_space():
     proxy = load({"prompt": USER, "answer": ["Paris", "Lutetia"], "choices": ["Paris", "Rome"]})
     assert proxy.prompts == [USER]
@@ -112,6 +120,7 @@ def test_tasks_of_a_dict_may_be_files(tmp_path):
     Dataset.from_dict({"prompt": ["a"], "answer": ["x"]}).to_json(tmp_path / "one.jsonl")
     Dataset.from_dict({"prompt": ["b"], "answer": ["y"]}).to_parquet(tmp_path / "two.parquet")
     assert load_proxy({"one": str(tmp_path / "one.jsonl"), "two": tmp_path / "two.parquet"}).tasks == ["one", "two"]
+    assert load_proxy({"test": str(tmp_path / "one.jsonl")}).prompts == ["a"]
 
 
 def test_a_path(proxy, tmp_path):
