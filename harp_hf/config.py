@@ -260,6 +260,9 @@ class HarpConfig(SFTConfig):
         for name in (*_AT_LEAST, "budget", "task_weights"):
             setattr(self, name, plain(getattr(self, name)))
         super().__post_init__()
+        # A trainer would make a batch for each of them; launchers and Ray give every process one.
+        if self.n_gpu > 1:
+            self._n_gpu = 1
 
     def _check(self) -> None:
         for name, least in _AT_LEAST.items():

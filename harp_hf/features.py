@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from .errors import DataError, reason
 from .pool import batches, content, row_parts
 from .proxy import ProxySet
-from .rundir import RunDir
+from .rundir import RunDir, digest_of_files
 
 Decode = Callable[[list[int]], str]
 _TFIDF_DIMENSIONS = 128
@@ -25,10 +26,11 @@ _BLOCK = 1 << 15
 _PROBE = "The quick brown fox jumps over the lazy dog."
 
 
-def describe_features(features: Any) -> str:
-    """What identifies the choice of features in a manifest."""
+def describe_features(features: Any, columns: Sequence[str] = ()) -> str:
+    """What identifies the choice of features in a manifest, where the pool has these columns."""
     if isinstance(features, str):
-        return features
+        local = features not in columns and Path(features).is_dir()
+        return f"{features} {digest_of_files(Path(features), '**/*.*')}" if local else features
     if isinstance(features, np.ndarray):
         digest, features = hashlib.sha256(), np.atleast_1d(features)
         for start in range(0, len(features), _BLOCK):

@@ -79,7 +79,7 @@ class Inputs:
                 self.tokenizer.chat_template,
                 describe_tokenizer(self.tokenizer),
             ],
-            "features": describe_features(self.features),
+            "features": describe_features(self.features, self.pool.column_names),
             "settings": describe_settings(args, identify_metrics(self.metrics), self.null_scores),
             "versions": describe_versions(),
         }

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .config import HarpConfig
 from .errors import ConfigError, reason
 from .quiet import quiet
+from .rundir import digest_of_files
 
 
 def default_peft_config() -> LoraConfig:
@@ -149,17 +150,10 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def describe_model(model: str | PreTrainedModel) -> str:
     """What identifies a model in a manifest: name and a digest of the files, or of samples of every weight."""
-    digest = hashlib.sha256()
     if isinstance(model, str):
         folder = Path(model)
-        # Beside the files there may be folders, such as `.git` and `.cache`.
-        for path in sorted(path for path in folder.glob("*.*") if path.is_file()):
-            with path.open("rb") as handle:
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
-                for start in range(0, path.stat().st_size, max(path.stat().st_size // 256, 1)):
-                    handle.seek(start)
-                    digest.update(handle.read(4096))
-        return f"{folder if folder.is_dir() else model} {digest.hexdigest()[:16]}"
+        return f"{folder if folder.is_dir() else model} {digest_of_files(folder, '*.*')}"
+    digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         sample = weight.detach().flatten()[:: max(weight.numel() // 256, 1)].float().cpu().numpy()
         digest.update(name.encode() + sample.tobytes())

@@ -114,10 +114,13 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"{self.file(events.FILE)} cannot be written: {error.strerror}.") from error
 
-    def claim(self, manifest: dict[str, Any]) -> None:
+    def claim(self, manifest: dict[str, Any]) -> bool:
         """Make this the directory of the run that `manifest` describes, or check that it is.
 
         A run that was refused or killed before it computed anything has no claim.
+
+        Returns:
+            `bool`: Whether it was before.
 
         Raises:
             RunDirError: The directory cannot be written, or belongs to a run with another pool, proxy set, model or
@@ -128,7 +131,7 @@ class RunDir:
             raise RunDirError(f"The run directory {self.path} cannot be written.")
         if not any(any(self.path.glob(name)) for name in _COMPUTED):
             self.write_json("manifest.json", manifest)
-            return
+            return False
         known = self.read_json("manifest.json")
         if not isinstance(known, dict):
             raise self._damaged("manifest.json")
@@ -144,6 +147,7 @@ class RunDir:
                     f"The run directory {self.path} was made with {name}={before.get(name)!r}, not "
                     f"{now.get(name)!r}; {_ADVICE}."
                 )
+        return True
 
     def file(self, name: str) -> Path:
         """Path of a file of this directory."""
@@ -305,6 +309,22 @@ def sha256_of_file(path: Path) -> str:
         while block := handle.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_of_files(folder: Path, pattern: str) -> str:
+    """Digest of names, sizes and samples of the files that match a pattern, but for hidden folders' such as `.git`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        parents = path.relative_to(folder).parent.parts
+        if not path.is_file() or any(part.startswith(".") for part in parents):
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            digest.update(f"{'/'.join((*parents, path.name))} {size}".encode())
+            for start in range(0, size, max(size // 256, 1)):
+                handle.seek(start)
+                digest.update(handle.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def _sha256_line(path: Path) -> str:

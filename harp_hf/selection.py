@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,12 @@ def measure(
     mixtures = [dataset] if isinstance(dataset, DatasetMixtureConfig) else []
     with ExitStack() as held:
         from_main(lambda: held.enter_context(run.locked()))
-        _claim(run, given.manifest(args), named | describe_call(args, *mixtures))
+        config = _claim(run, given.manifest(args), named | describe_call(args, *mixtures))
         from_main(lambda: held.enter_context(started(run)))
-        return _measure(run, given, args)
+        return _measure(run, given, args, config)
 
 
-def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
+def _measure(run: RunDir, given: Inputs, args: HarpConfig, config: dict[str, Any]) -> HarpResult:
     matrix = _timed(run, "features", lambda: load_features(
         run, given.pool, given.features, text_field=args.dataset_text_field, decode=given.decode, seed=args.seed,
     ))  # fmt: skip
@@ -139,6 +139,7 @@ def _measure(run: RunDir, given: Inputs, args: HarpConfig) -> HarpResult:
             given.labels, nearest,
         )  # fmt: skip
         from_main(lambda: result.save(run.path))
+        from_main(lambda: run.write_yaml("config.yaml", config))
     return replace(result, path=run.path)
 
 
@@ -159,15 +160,27 @@ def _executor(args: HarpConfig) -> Callable[..., dict[str, np.ndarray]]:
     return measure_on_ray
 
 
-def _claim(run: RunDir, manifest: dict[str, Any], config: dict[str, Any]) -> None:
-    def claim() -> Any:
-        run.claim(manifest)
-        run.write_yaml("config.yaml", config)
-        return run.read_json("manifest.json")
+def _claim(run: RunDir, manifest: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Make this the directory of the run, and return what its `config.yaml` is to hold when there is a result.
 
-    claimed = from_main(claim)
+    Names of the pool, the proxy set, the model and the adapter that an earlier start has written are kept, as they are
+    known to be of the same: on the command line this one may have them as objects only.
+    """
+
+    def claim() -> tuple[Any, dict[str, Any]]:
+        continued = run.claim(manifest)
+        ours, known = {field.name for field in fields(HarpConfig)}, {}
+        with suppress(RunDirError):  # a damaged one is made anew
+            known = run.read_yaml("config.yaml") if continued else {}
+        asked = {name: value for name, value in known.items() if name not in ours} | config
+        if not run.file("result/result.json").exists():
+            run.write_yaml("config.yaml", asked)
+        return run.read_json("manifest.json"), asked
+
+    claimed, asked = from_main(claim)
     if not run.file("manifest.json").exists() or run.read_json("manifest.json") != claimed:
         raise RunDirError(f"The run directory {run.path} must be on a file system that all processes share.")
+    return asked
 
 
 def load_hierarchy(run: RunDir, matrix: np.ndarray, args: HarpConfig) -> Hierarchy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from .models import (
     default_peft_config,
     describe_model,
     describe_peft,
+    describe_tokenizer,
     lent,
     load_model,
     load_tokenizer,
@@ -108,7 +110,10 @@ class Trials:
         })  # fmt: skip
         settings = {k: v for k, v in changed_settings(args).items() if k not in _NOT_OF_A_TRIAL}
         scoring = [identify_metrics(metric) for metric in self._metrics]
-        described = [describe_model(model), describe_peft(adapter), tokenizer.chat_template, scoring, settings]
+        described = [
+            describe_model(model), describe_peft(adapter), tokenizer.chat_template, describe_tokenizer(tokenizer),
+            scoring, settings, args.bf16, args.fp16,
+        ]  # fmt: skip
         self._settings = f"{test.digest} {described!r}"
 
     def run(self, rows: np.ndarray, seed: int, epochs: float, name: str) -> Trial:
@@ -131,7 +136,7 @@ class Trials:
         # Two selections may be of the same rows.
         same = sorted(self._run.file("verify").glob(f"*-{digest}.npz"))
         same = [path for path in same if self._run.holds(f"verify/{path.name}")]
-        file = f"verify/{same[0].name}" if same else f"verify/{name}-{digest}.npz"
+        file = f"verify/{same[0].name}" if same else f"verify/{_stem(name)}-{digest}.npz"
         if not same:
             checkpoints = Checkpoints(self._run, file.removesuffix(".npz"))
             with temporary_folder() as folder, lent(self._model):
@@ -150,7 +155,7 @@ class Trials:
     ) -> Trial:
         adapter, tokens, started = None, 0, time.monotonic()
         if len(rows):
-            adapter, finetuner = folder / f"{name}-seed-{seed}", copy.copy(self._finetuner())
+            adapter, finetuner = folder / f"{_stem(name)}-seed-{seed}", copy.copy(self._finetuner())
             finetuner.bar, finetuner.checkpoints = f"Finetune on {name}, seed {seed}", checkpoints
             finetuner.args = copy.copy(finetuner.args)
             finetuner.args.max_steps, finetuner.args.num_train_epochs = -1, epochs
@@ -187,6 +192,11 @@ class Trials:
         for row, ids in zip(finetuner.tokenised["harp_row"][:], finetuner.tokenised["input_ids"][:], strict=True):
             tokens[row] = len(ids)
         return tokens
+
+
+def _stem(name: str) -> str:
+    """Beginning of the name of a file."""
+    return re.sub(r"[^\w.-]+", "-", name)[:80]
 
 
 # Settings that have no part in a final finetune.

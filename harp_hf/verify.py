@@ -217,7 +217,9 @@ def _reopen(
     if not written.exists():
         raise DataError(f"The settings of {run.path} are not known: it has no config.yaml.")
     config = run.read_yaml("config.yaml")
-    args, _ = read_settings(config)
+    # By default that of the machine, which may be another.
+    precision = {name: manifest["settings"][name] for name in ("bf16", "fp16")}
+    args, _ = read_settings(config | precision)
     known, adapter, chat_template, tokens = manifest["model"]
     given = model if model is not None else config.get("model_name_or_path")
     if given is None:

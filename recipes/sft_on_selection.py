@@ -8,12 +8,24 @@ Takes the flags and YAML keys of `trl sft`. For fewer rows let HARP choose anew,
 """
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 
 def main() -> None:
     script, args, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
-    rows = load_dataset(script.dataset_name, split=script.dataset_train_split)
+    loaded = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    if quantization := get_quantization_config(model):
+        loaded["quantization_config"] = quantization
+    args.model_init_kwargs = loaded | (args.model_init_kwargs or {})
+    rows = load_dataset(script.dataset_name, name=script.dataset_config, split=script.dataset_train_split)
     trainer = SFTTrainer(
         model=model.model_name_or_path, args=args, train_dataset=rows, peft_config=get_peft_config(model)
     )

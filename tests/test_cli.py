@@ -1,6 +1,7 @@
 """The command line: flags and YAML in, a table on stdout and a folder that datasets loads out."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,13 +11,13 @@ import pytest
 import yaml
 from datasets import Dataset, load_dataset
 
-from harp_hf import cli
+from harp_hf import cli, measure
 from harp_hf.config import bf16_is_fast, lacks_accelerator
 from harp_hf.evaluation.transformers import TransformersEvaluator
 from harp_hf.finetune import LeafFinetuner
 from harp_hf.models import load_kwargs
 from harp_hf.saved import load_result
-from harp_hf.settings import read_settings
+from harp_hf.settings import load_settings, read_settings
 
 OURS = ["phi", "phi_red", "phi_sd_red", "phi_green", "phi_sd_green", "harp_leaf", "harp_parent", "harp_rank",
         "harp_measured", "harp_row"]  # fmt: skip
@@ -180,6 +181,38 @@ def test_the_config_that_a_run_writes_repeats_it(run, disk, tmp_path, counted, c
     assert load_result(tmp_path / "other").select().to_list() == before
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (run[0], tmp_path / "other")]
     assert manifests[0] == manifests[1]
+
+
+def test_a_second_start_that_is_stopped_leaves_the_result_and_its_names(run, disk, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run[0], tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    again = ["select", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "run"),
+             "--max_measurements", "5", "--prior", "nested"]  # fmt: skip
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LeafFinetuner, "finetune", stop)
+        with pytest.raises(SystemExit):
+            cli.main(again)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    cli.main(["cut", "--output_dir", str(tmp_path / "run")])
+    cli.main(again)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["max_measurements"], written["prior"]) == (5, "nested")
+
+
+def test_names_of_an_earlier_start_are_kept_for_objects(run, disk, tmp_path, capsys):
+    shutil.copytree(run[0], tmp_path / "run")
+    written = yaml.safe_load((run[0] / "config.yaml").read_text())
+    args, peft_config = load_settings(run[0] / "config.yaml", output_dir=str(tmp_path / "run"))
+    names = (written[name] for name in ("dataset_name", "eval_dataset_name"))
+    measure(*map(Dataset.from_json, names), written["model_name_or_path"], args, peft_config)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == (
+        written | {"output_dir": str(tmp_path / "run")}
+    )
+    assert load_result(tmp_path / "run").digest == load_result(run[0]).digest
 
 
 def test_a_dtype_that_is_asked_for_is_written_down(disk, tmp_path, counted, capsys):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 import harp_hf
 from harp_hf.config import HarpConfig
@@ -642,3 +642,17 @@ def test_a_model_folder_is_known_by_its_files_alone(tiny_model, tmp_path, monkey
     assert describe_model("model") == describe_model("model/") == describe_model("./model") == known
     (tmp_path / "model" / "config.json").write_text("{}")
     assert describe_model("model") != known
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(config, monkeypatch):
+    real = TrainingArguments._setup_devices.func
+
+    def several(args):
+        device = real(args)
+        args._n_gpu = 4
+        return device
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(several))
+    args = config(per_device_train_batch_size=8)
+    monkeypatch.undo()
+    assert (args.n_gpu, args.train_batch_size) == (1, 8)

@@ -2,6 +2,7 @@
 
 import hashlib
 from decimal import Decimal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -565,3 +566,37 @@ def test_a_function_is_known_by_its_source():
     assert names[0] == "choice"
     assert names[1] == names[3] != names[2]
     assert names[4] == "score", "one without a source is known by its name"
+
+
+class AtLeast:
+    """A metric with a parameter, and something that changes."""
+
+    def __init__(self, words):
+        self.words, self.seen = words, []
+
+    def __call__(self, completions, **columns):
+        self.seen.extend(completions)
+        return [float(len(text.split()) >= self.words) for text in completions]
+
+    def judge(self, completions, **columns):
+        return self(completions)
+
+
+def test_a_callable_is_known_by_its_parameters():
+    def at_least(words, seen):
+        def score(completions, **columns):
+            seen.extend(completions)
+            return [float(len(text.split()) >= words) for text in completions]
+
+        return score
+
+    for make in (lambda k: at_least(k, []), AtLeast, lambda k: AtLeast(k).judge,
+                 lambda k: partial(score_text, "contains", answers={"a": [k, "b"], "c": {k, "d", "e"}})):  # fmt: skip
+        one, same, other = make(1), make(1), make(2)
+        before = identify_metrics([one, same, other])
+        assert before[0] == before[1] != before[2]
+        if not isinstance(one, partial):
+            one(["said"])
+        assert identify_metrics([one]) == before[:1], "what a call leaves behind is no parameter"
+    assert identify_metrics([partial(AtLeast(1), 3)]) != identify_metrics([partial(AtLeast(2), 3)])
+    assert identify_metrics([len])[0].startswith("len")

@@ -486,6 +486,18 @@ def test_other_scores_that_are_not_finite_are_one_sentence(data, done, monkeypat
     assert not list((done / "run").glob("verify/*.npz"))
 
 
+def test_measurements_of_other_rows_than_the_leaves_hold_are_made_again(done, data, made, caplog):
+    known = RunDir(done / "run").read_arrays("hierarchy.npz")
+    known["leaf"] = (known["leaf"] + 1) % len(known["parent"])
+    RunDir(done / "run").write_arrays("hierarchy.npz", **known)
+    n_leaves = len(known["parent"])
+    result = measure(done, data, max_measurements=n_leaves)
+    assert made == ["finetune", "evaluate"] * n_leaves, "the random rows are as before"
+    assert caplog.text.count("is of rows that its leaf does not hold, and made again") == LEAVES
+    for leaf, rows in result.measurements.rows.items():
+        assert set(rows) <= set(result.hierarchy.rows(leaf))
+
+
 def test_a_failed_leaf_whose_file_is_deleted_is_measured_again(undisturbed, data, done, monkeypatch, made):
     leaf = leaf_of(events.read(undisturbed / "run"), 1)
     (done / "run" / "measurements" / f"{leaf}.npz").unlink()

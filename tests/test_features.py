@@ -196,3 +196,16 @@ def test_a_column_and_an_array_are_read_in_blocks(load, features, pool, monkeypa
     ragged = pool.add_column("vector", [row[: 3 + (number > 7)] for number, row in enumerate(features.tolist())])
     with pytest.raises(DataError, match="same length"):
         load("vector", ragged, folder="ragged")
+
+
+def test_a_folder_of_features_is_known_by_its_files_unless_it_is_a_column(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model" / "1_Pooling").mkdir(parents=True)
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text("{}")
+    before = describe_features("model")
+    (tmp_path / "model" / ".cache").mkdir()
+    (tmp_path / "model" / ".cache" / "a.lock").write_text("")
+    assert describe_features("model") == before != "model"
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text("[]")
+    assert describe_features("model") != before
+    assert describe_features("model", ["prompt", "model"]) == "model"

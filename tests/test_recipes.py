@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -250,3 +251,24 @@ def test_sharded_adapters_can_be_gathered():
     fsdp, zero = (yaml.safe_load((RECIPES / "accelerate" / f"{name}.yaml").read_text()) for name in ("fsdp2", "zero3"))
     assert fsdp["fsdp_config"]["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert zero["deepspeed_config"]["zero3_save_16bit_model"]
+
+
+def test_the_script_loads_rows_and_model_as_it_is_told(monkeypatch, capsys):
+    told = {}
+
+    class Trainer:
+        def __init__(self, model, args, train_dataset, peft_config):
+            told.update(args.model_init_kwargs)
+            sys.exit(0)
+
+    monkeypatch.setattr("trl.SFTTrainer", Trainer)
+    monkeypatch.setattr("datasets.load_dataset", lambda _, **more: told.update(more))
+    flags = ("--config recipes/sft_on_selection.yaml --dataset_name me/rows --dataset_config small --dtype bfloat16 "
+             "--attn_implementation eager --model_revision v1 --load_in_8bit true")  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["sft_on_selection.py", *flags.split()])
+    monkeypatch.chdir(RECIPES.parent)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPES / "sft_on_selection.py"), run_name="__main__")
+    assert (told["name"], told["revision"], told["attn_implementation"]) == ("small", "v1", "eager")
+    assert told["dtype"] == "bfloat16"
+    assert told["quantization_config"].load_in_8bit

@@ -28,7 +28,7 @@ from harp_hf.rundir import RunDir
 from harp_hf.saved import load_result
 from harp_hf.stopping import Terminated, stoppable
 from harp_hf.trials import Trials
-from harp_hf.verify import Proof, verify_run
+from harp_hf.verify import Proof, _reopen, verify, verify_run
 
 SETTINGS = {"features": "vector", "leaf_size": 12, "branching": 2, "max_measurements": 4, "max_steps": 12,
             "learning_rate": 3e-2, "use_cpu": True, "bf16": False}  # fmt: skip
@@ -417,3 +417,22 @@ def test_a_moved_run_is_verified_where_it_is_and_by_one_process(run, disk, tmp_p
     verify_run(tmp_path / "moved", str(disk / "test.jsonl"), seeds=1)
     assert len(made) == 2
     assert sorted(run.rglob("*")) == before
+
+
+def test_a_run_is_verified_in_its_own_precision_on_any_machine(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    written.pop("bf16", None)  # as where it is the machine's default
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(written))
+    monkeypatch.setattr("harp_hf.config.bf16_is_fast", lambda *_: True)
+    assert HarpConfig(output_dir=str(tmp_path), use_cpu=True).bf16
+    assert not _reopen(RunDir(tmp_path / "run"), None, None)[1].bf16
+
+
+def test_trials_are_known_by_tokenizer_and_have_any_name(pool, proxy, tiny_model, tmp_path, made, config):
+    args, test = config(max_steps=1, num_train_epochs=1), load_proxy(proxy)
+    other = AutoTokenizer.from_pretrained(tiny_model)
+    other.eos_token = "<|user|>"
+    for tokenizer in (None, other, None):
+        verify(pool, {"harp-c/10 " + "x" * 300: np.arange(9)}, test, tiny_model, args, processing_class=tokenizer)
+    assert len(made) == 2

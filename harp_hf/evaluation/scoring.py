@@ -8,7 +8,9 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal, DecimalException
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ METRICS = ("exact_match", "choice", "numeric", "contains", "likelihood", "choice
 AUTO = {"auto": ("choice", "exact_match"), "auto_likelihood": ("choice_likelihood", "likelihood")}
 CHOICE = ("choice", "choice_likelihood")
 GENERATED = ("numeric", "contains")
+
+_FIXED = (str, bytes, int, float, complex, tuple, type(None))
 
 Metric = str | Callable[..., Sequence[float]]
 # Whole numbers may have commas between thousands. A sign right after a digit or a letter is a hyphen, and what is
@@ -86,18 +90,53 @@ def describe_metrics(metrics: Sequence[Metric]) -> list[str]:
 
 
 def identify_metrics(metrics: Sequence[Metric]) -> list[str]:
-    """Names of the metrics; with that of a function a digest of its source, where there is one."""
+    """Names of the metrics; with that of a callable a digest of its source, where there is one, and its parameters.
+
+    Parameters are those that a `functools.partial` holds, and such attributes of an object and variables around a
+    function as cannot change: numbers, strings and tuples.
+    """
     return [
-        name if isinstance(metric, str) else f"{name} {_source_digest(metric)}".strip()
+        name if isinstance(metric, str) else f"{name} {_digest(_told(metric))}".strip()
         for name, metric in zip(describe_metrics(metrics), metrics, strict=True)
     ]
 
 
-def _source_digest(function: Callable[..., Any]) -> str:
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""
+
+
+def _told(metric: Callable[..., Any]) -> str:
+    """Source and parameters of a callable."""
+    if isinstance(metric, partial):
+        return _told(metric.func) + _written([metric.args, metric.keywords])
+    function = getattr(metric, "__func__", metric)  # of a method
+    held = dict(getattr(getattr(metric, "__self__", metric), "__dict__", {}))
+    names, cells = (
+        getattr(getattr(function, "__code__", None), "co_freevars", ()),
+        getattr(function, "__closure__", ()),
+    )
+    for name, cell in zip(names, cells or (), strict=True):
+        with suppress(ValueError):  # nothing is in it yet
+            held[name] = cell.cell_contents
+    fixed = {name: value for name, value in held.items() if isinstance(value, _FIXED)}
     try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:8]
+        source = inspect.getsource(function if inspect.isroutine(function) else type(function))
     except (OSError, TypeError):
-        return ""
+        source = ""
+    return source + (_written(fixed) if fixed else "")
+
+
+def _written(value: Any) -> str:
+    """A value as text, the same in every process; of objects their type."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{key!r}: {_written(one)}' for key, one in value.items()))}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_written, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, np.ndarray):
+        return _written(value.tolist())
+    return repr(value) if isinstance(value, _FIXED) else type(value).__qualname__
 
 
 def score_text(metric: str, text: str, answers: Sequence[str]) -> float:

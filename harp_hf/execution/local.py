@@ -112,7 +112,7 @@ def measure_leaves(
         limit: Seconds that an evaluation may take; those of finetunes have that of the finetuner's settings.
     """
     todo = list(todo)
-    left = left_to_measure(run, todo)
+    left = left_to_measure(run, todo, rows)
     with progress_of(todo, left) as progress:
         at_once = from_main(lambda: evaluator().adapters_at_once) if left else 1
         for start in range(0, len(left), at_once):

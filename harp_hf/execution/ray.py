@@ -65,7 +65,7 @@ def measure_on_ray(
     """
     if args.world_size > 1:
         raise ConfigError("Ray starts the processes itself: with `executor='ray'`, run without a launcher.")
-    left = left_to_measure(run, todo)
+    left = left_to_measure(run, todo, rows)
     work = [_BASE] * (given.null_scores is None and not run.holds("base.npz")) + left
     with progress_of(todo, left) as progress:
         if work:

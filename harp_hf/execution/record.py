@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ..names import leaf_name, measurement_file
@@ -20,11 +21,26 @@ logger = logging.getLogger(__name__)
 _TOLD = ("seconds_training", "seconds_evaluation", "tokens_training", "tokens_evaluation")
 
 
-def left_to_measure(run: RunDir, todo: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those pairs of leaf and seed that the run directory does not hold yet."""
+def left_to_measure(
+    run: RunDir, todo: Sequence[tuple[int, int]], rows: Callable[[int], np.ndarray]
+) -> list[tuple[int, int]]:
+    """Those pairs of leaf and seed that the run directory does not hold yet.
+
+    A hierarchy that was damaged and made again by other versions may have other leaves: measurements of other rows
+    are not of these.
+    """
+
+    def made(leaf: int, seed: int) -> bool:
+        name = measurement_file(leaf, seed)
+        if not run.holds(name):
+            return False
+        if np.isin(run.read_arrays(name).get("rows", []), rows(leaf)).all():
+            return True
+        logger.warning("%s is of rows that its leaf does not hold, and made again.", run.file(name))
+        return False
 
     def look() -> list[tuple[int, int]]:
-        left = [pair for pair in todo if not run.holds(measurement_file(*pair))]
+        left = [pair for pair in todo if not made(*pair)]
         run.log("planned", leaves=len(todo), measured=len(todo) - len(left))
         return left
 
