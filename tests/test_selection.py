@@ -53,6 +53,6 @@ def test_a_small_budget_takes_the_rows_that_are_most_similar(pool, proxy, tiny_m
 
 
 def test_all_processes_must_see_the_run_directory(pool, proxy, features, tiny_model, config, monkeypatch):
-    monkeypatch.setattr("harp_hf.selection.from_main", lambda work: {"pool": "written elsewhere"})
+    monkeypatch.setattr("harp_hf.selection.from_main", lambda work: ({"pool": "written elsewhere"}, {}))
     with pytest.raises(errors.RunDirError, match="must be on a file system that all processes share"):
         harp_hf.measure(pool, proxy, tiny_model, config(), features=features)
