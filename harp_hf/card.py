@@ -67,7 +67,8 @@ def figures(result: HarpResult) -> list[Path]:
     if result.path is None or not (run := RunDir(result.path)).holds(FIGURES):
         return []
     known = run.read_json(FIGURES)
-    return [run.file(f"result/{name}") for name in known["names"]] if known["shown"] == shown(result) else []
+    drawn = known["names"] if known["shown"] == shown(result) else []
+    return [path for path in sorted(run.file("result").glob("*.png")) if path.name in drawn]
 
 
 def shown(result: HarpResult) -> str:

@@ -29,7 +29,7 @@ _PROBE = "The quick brown fox jumps over the lazy dog."
 def describe_features(features: Any, columns: Sequence[str] = ()) -> str:
     """What identifies the choice of features in a manifest, where the pool has these columns."""
     if isinstance(features, str):
-        local = features not in columns and Path(features).is_dir()
+        local = features not in ("tfidf", *columns) and Path(features).is_dir()
         return f"{features} {digest_of_files(Path(features), '**/*.*')}" if local else features
     if isinstance(features, np.ndarray):
         digest, features = hashlib.sha256(), np.atleast_1d(features)

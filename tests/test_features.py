@@ -209,3 +209,5 @@ def test_a_folder_of_features_is_known_by_its_files_unless_it_is_a_column(tmp_pa
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text("[]")
     assert describe_features("model") != before
     assert describe_features("model", ["prompt", "model"]) == "model"
+    (tmp_path / "tfidf").mkdir()
+    assert describe_features("tfidf") == "tfidf"

@@ -196,6 +196,9 @@ def test_figures_of_another_choice_or_of_other_effects_are_not_taken_for_its_own
     drawn = sorted((tmp_path / "result").glob("*.png"))
     assert figures(ours) == figures(replace(ours, choice=replace(ours.choice, variant="harp-e"))) == drawn
     assert figures(replace(ours, choice=replace(ours.choice, budget=31))) == []
+    (tmp_path / "result" / "another.png").write_bytes(b"")
+    drawn.pop().unlink()
+    assert figures(ours) == drawn, "those that it drew and that are still there"
     more = replace(ours.measurements, scores=ours.measurements.scores / 2)
     assert figures(replace(ours, measurements=more)) == []
     write_report(replace(ours, distinguishable=np.zeros(3, bool), choice=Choice("harp-c", 30)), tmp_path)

@@ -24,6 +24,7 @@ AUTO = {"auto": ("choice", "exact_match"), "auto_likelihood": ("choice_likelihoo
 CHOICE = ("choice", "choice_likelihood")
 GENERATED = ("numeric", "contains")
 
+# Kinds of values that cannot change.
 _FIXED = (str, bytes, int, float, complex, tuple, type(None))
 
 Metric = str | Callable[..., Sequence[float]]
@@ -111,11 +112,8 @@ def _told(metric: Callable[..., Any]) -> str:
         return _told(metric.func) + _written([metric.args, metric.keywords])
     function = getattr(metric, "__func__", metric)  # of a method
     held = dict(getattr(getattr(metric, "__self__", metric), "__dict__", {}))
-    names, cells = (
-        getattr(getattr(function, "__code__", None), "co_freevars", ()),
-        getattr(function, "__closure__", ()),
-    )
-    for name, cell in zip(names, cells or (), strict=True):
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
         with suppress(ValueError):  # nothing is in it yet
             held[name] = cell.cell_contents
     fixed = {name: value for name, value in held.items() if isinstance(value, _FIXED)}
