@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -201,9 +201,33 @@ def _select_with(script: Any, args: HarpConfig, model: ModelConfig) -> str:
 
     name, script.selector = script.selector, None
     check_selector(name, args)  # what is wrong is said before anything is read
-    result = _run(script, args, model) if name in MEASURED else None
+    result = None
+    if name in MEASURED:
+        with _choice_kept(args.output_dir or "harp_output"):
+            result = _run(script, args, model)
     rows, cost = choose(name, *_inputs(script, args, model), result=result)
     return f"{cost}\nSelection written to {_write(rows, args.output_dir or 'harp_output', name)}."
+
+
+@contextmanager
+def _choice_kept(output_dir: str) -> Iterator[None]:
+    """What a finished run chooses stays its own choice: a baseline only starts from what it has measured."""
+    from .result import Choice
+    from .rundir import RunDir
+    from .saved import save_choice
+
+    run = RunDir(output_dir)
+    known = run.read_json("result/result.json")["choice"] if run.holds("result/result.json") else None
+    config = run.read_yaml("config.yaml")
+    try:
+        yield
+    finally:
+        if known is not None:
+            names = [field.name for field in fields(Choice)]
+            save_choice(known, run.path)
+            written = {name: value for name, value in run.read_yaml("config.yaml").items() if name not in names}
+            kept = {name: written.get(name, value) for name, value in config.items() if name in (*names, *written)}
+            run.write_yaml("config.yaml", kept | written)
 
 
 def _status(argv: list[str]) -> None:

@@ -69,7 +69,11 @@ class Measurements:
                 kept.append(leaf)
                 scores.append(repeats)
         if not kept:
-            raise HarpError(f"Not one of {len(failed)} leaves could be measured: {next(iter(failed.values()))}.")
+            n_leaves, why = len(failed.keys() - {CONTROL}), next(iter(failed.values()))
+            raise HarpError(
+                f"Not one of {n_leaves} leaves could be measured: {why}; delete their files in `measurements/` to try "
+                "them again."
+            )
         return cls(np.array(kept), np.stack(scores), null["scores"], failed, rows, cost, control)
 
     def effects(self, task: np.ndarray, n_tasks: int) -> tuple[np.ndarray, np.ndarray]:

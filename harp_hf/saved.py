@@ -43,6 +43,12 @@ def save_result(result: HarpResult, path: str | Path) -> None:
     })  # fmt: skip
 
 
+def save_choice(choice: dict[str, Any], path: str | Path) -> None:
+    """Make `choice`, as it is written in `path`/result, that of the result which is there now."""
+    run = RunDir(path)
+    run.write_json("result/result.json", run.read_json("result/result.json") | {"choice": choice})
+
+
 def load_result(path: str | Path, dataset: Any = None) -> HarpResult:
     """Load what [`measure`] or [`HarpResult.save`] wrote.
 

@@ -61,7 +61,9 @@ class Status:
         elif self.ended == "finished":
             state = "finished"
         else:
-            state = f"stopped ({self.ended or 'killed'}); the same command continues it"
+            state = f"stopped ({self.ended or 'killed'})"
+            if not self.ended or self.measured < self.planned or not self.planned:
+                state += "; the same command continues it"
         lines = [f"{self.path}: {state}", f"stage: {self.stage or 'start'}", f"progress: {self.progress}"]
         failed = sorted(self.failed.items())
         lines += [f"  {leaf_name(leaf)}, seed {seed}, failed: {why}" for (leaf, seed), why in failed]

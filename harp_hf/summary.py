@@ -57,7 +57,7 @@ def summarise(result: HarpResult) -> str:
     for variant, choice in choices.items():
         rows = result.chosen(choice)[0] if decides else np.array([], int)
         leaves = len(np.unique(result.hierarchy.leaf[rows]))
-        mark = " (this run's)" if variant == result.choice.variant else ""
+        mark = " (chosen)" if variant == result.choice.variant else ""
         table.add_row(variant.upper() + mark, f"{leaves} of {result.hierarchy.n_leaves}", str(len(rows)),
                       f"{len(result.pool)}")  # fmt: skip
     console.print(table)

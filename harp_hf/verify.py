@@ -92,6 +92,7 @@ class Proof:
         rows (`dict[str, int]`): Rows finetuned on, by name.
         scores (`dict[str, np.ndarray]`): (R, n_test) score in [0, 1] after the finetune with each of R seeds, by name.
         epochs (`float`): Passes over the rows of each.
+        metrics (`list[str]`): Metric of each task.
     """
 
     test: ProxySet
@@ -99,6 +100,7 @@ class Proof:
     rows: dict[str, int]
     scores: dict[str, np.ndarray]
     epochs: float
+    metrics: list[str]
 
     def difference(self, other: str, level: float = 0.95) -> np.ndarray:
         """(D + 1, 3) score of the selection minus that of `other`: see [`mean_intervals`]."""
@@ -110,11 +112,13 @@ class Proof:
         tasks = [*map(printable, self.test.tasks), "mean of tasks"]
         table = Table(title="Test scores after finetuning")
         table.add_column("task", overflow="fold")
+        table.add_column("metric", overflow="fold")
         for name, count in self.rows.items():
             table.add_column(f"{name}\n{count:,} rows" if count else name, justify="right")
         means = [mean_intervals(scores, self.test.task)[:, 0] for scores in self.scores.values()]
         for d, task in enumerate(tasks):
-            table.add_row(task, *(f"{mean[d]:.3f}" for mean in means), end_section=d == len(tasks) - 2)
+            metric = [*map(printable, self.metrics), ""][d]
+            table.add_row(task, metric, *(f"{mean[d]:.3f}" for mean in means), end_section=d == len(tasks) - 2)
         console.print(table)
         for other in (RANDOM, WHOLE):
             if other not in self.scores:
@@ -128,8 +132,9 @@ class Proof:
                 table.add_row(tasks[d], f"{mean:+.3f}", interval, end_section=d == len(tasks) - 2)
             console.print(table)
         seeds = len(self.scores[self.selection])
+        passes = f"{self.epochs:g} {'epoch' if self.epochs == 1 else 'epochs'}"
         console.print(
-            f"{self.epochs:g} epochs, {seeds} {'seed' if seeds == 1 else 'seeds'}, {len(self.test)} test rows. "
+            f"{passes}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {len(self.test)} test rows. "
             "Intervals are of paired differences (same test rows, same seeds): two-way random effects of rows and "
             "seeds, Student's t. "
             + ("With one seed they do not hold the spread between finetunes." if seeds == 1 else
@@ -202,7 +207,9 @@ def verify_run(
                 logger.info("Verifying %s: %d rows, seed %d.", other, len(some), seed)
                 found.append(trials.run(some, seed, epochs, other.replace(" ", "-")).scores[0])
             scores[other] = np.stack(found)
-    return Proof(test, name, {other: len(sets[0]) for other, sets in compared.items()}, scores, epochs)
+    return Proof(
+        test, name, {other: len(sets[0]) for other, sets in compared.items()}, scores, epochs, trials.metrics[0]
+    )
 
 
 def _reopen(

@@ -95,6 +95,7 @@ def test_select_reports_progress_and_nothing_of_the_libraries_on_stderr(run):
     assert [line for line in lines if not line.startswith(bars)] == [
         "The proxy set has no features of its own, so similarity to it is not used.",
         "Measuring 4 of 9 leaves on 2 tasks.",
+        "Tokenising the pool.",
     ]
 
 

@@ -406,7 +406,7 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn(model, tiny_model, a
     texts = []
 
     def keep(prompts, completions, **columns):
-        texts.extend(completions)
+        texts.extend(message["content"] for (message,) in completions)
         return [0.0] * len(completions)
 
     evaluator(model, tokenizer, rows, keep).evaluate([adapters["chat"]])

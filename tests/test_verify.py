@@ -26,6 +26,7 @@ from harp_hf.intervals import mean_intervals
 from harp_hf.proxy import load_proxy
 from harp_hf.rundir import RunDir
 from harp_hf.saved import load_result
+from harp_hf.status import read_status
 from harp_hf.stopping import Terminated, stoppable
 from harp_hf.trials import Trials
 from harp_hf.verify import Proof, _reopen, verify, verify_run
@@ -345,7 +346,7 @@ def test_one_row_does_not_tell_its_variance():
     assert np.isnan(mean_intervals(scores[:1], task)[1:, 1:]).all()
     rows = load_proxy({n: Dataset.from_list([{"prompt": "a", "answer": "x"}] * k) for n, k in (("u", 6), ("v", 1))})
     compared = {"ours": scores, "random rows": scores[::-1]}
-    text = Proof(rows, "ours", dict.fromkeys(compared, 5), compared, 1).summary()
+    text = Proof(rows, "ours", dict.fromkeys(compared, 5), compared, 1, ["numeric", "choice"]).summary()
     assert text.count("not known") == 2
     assert "nan" not in text
 
@@ -388,6 +389,19 @@ def test_selectors_share_what_the_run_has_measured(run, disk, made, capsys):
     assert len(made) == n_leaves - 4
     assert printed[0].startswith(f"Finetunes: {n_leaves + 1}.")
     assert (run / "config.yaml").read_bytes() == before
+    assert read_status(run).summary().startswith(f"{run}: finished")
+
+
+def test_a_baseline_leaves_the_runs_own_choice(run, disk, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    files = [tmp_path / "run" / name for name in ("config.yaml", "result/result.json")]
+    before = [path.read_bytes() for path in files]
+    lines(capsys, "select", "--config", tmp_path / "run" / "config.yaml", "--output_dir", tmp_path / "run",
+          "--selector", "top-phi", "--budget", "4", "--variant", "harp-c")  # fmt: skip
+    moved = [before[0].replace(str(run).encode(), str(tmp_path / "run").encode()), before[1]]
+    assert [path.read_bytes() for path in files] == moved
+    lines(capsys, "select", "--config", tmp_path / "run" / "config.yaml", "--budget", "4")
+    assert load_result(tmp_path / "run").choice.budget == 4, "only a selection of its own is another choice"
 
 
 def test_what_a_selector_cannot_do_is_one_sentence(disk, tmp_path, monkeypatch):

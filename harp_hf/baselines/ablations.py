@@ -13,6 +13,7 @@ from ..measurements import Measurements
 from ..names import CONTROL
 from ..posterior import Posterior, infer
 from ..result import HarpResult
+from ..stages import stage, started
 from .selector import Cost, Problem, Ranking, descending, leaves_to_rows
 
 
@@ -35,10 +36,11 @@ class Exhaustive:
             result.measurements.leaves, np.setdiff1d(np.arange(result.hierarchy.n_leaves), result.measurements.leaves)
         ])  # fmt: skip
         wanted = leaves if result.measurements.control is None else np.append(leaves, CONTROL)
-        measure_leaves(
-            run, [(g, s) for s in seeds for g in leaves.tolist()], result.hierarchy.rows,
-            problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
-        )  # fmt: skip
+        with started(run), stage(run, "measurements"):
+            measure_leaves(
+                run, [(g, s) for s in seeds for g in leaves.tolist()], result.hierarchy.rows,
+                problem.need("finetuner", "exhaustive"), problem.need("evaluator", "exhaustive"),
+            )  # fmt: skip
         null = {"scores": result.measurements.null, "tokens": np.array(0), "seconds": np.array(0.0)}
         if run.holds("base.npz"):
             null = run.read_arrays("base.npz") | {"scores": result.measurements.null}

@@ -47,8 +47,9 @@ def resolve_metrics(metric: Metric | Mapping[str, Metric], proxy: ProxySet) -> l
         metric: One of `METRICS`, `"auto"` (choice where every row of the task has choices, else exact_match),
             `"auto_likelihood"` (in the same way choice_likelihood or likelihood), a
             callable, or a mapping from tasks to these; tasks it does not name are `"auto"`. A callable has the form of
-            a TRL reward function: called with `prompts`, `completions` (generated strings) and the columns of the
-            proxy set as keyword arguments, it returns one score in [0, 1] a row.
+            a TRL reward function: called with `prompts`, `completions` (generated strings, or for prompts of messages
+            lists of one message) and the columns of the proxy set as keyword arguments, but no `completion_ids`, it
+            returns one score in [0, 1] a row.
         proxy: The proxy set.
 
     Raises:
@@ -188,7 +189,11 @@ def score_with(function: Callable[..., Sequence[float]], texts: Sequence[str], r
     """
     ours = ("prompt", "prompts", "completions")
     columns = {name: [values[i] for i in rows] for name, values in proxy.columns.items() if name not in ours}
-    scores = function(prompts=[proxy.prompts[i] for i in rows], completions=list(texts), **columns)
+    completions = [
+        text if isinstance(proxy.prompts[i], str) else [{"role": "assistant", "content": text}]
+        for i, text in zip(rows, texts, strict=True)
+    ]
+    scores = function(prompts=[proxy.prompts[i] for i in rows], completions=completions, **columns)
     name = describe_metrics([function])[0]
     if not isinstance(scores, Sequence | np.ndarray):
         raise DataError(f"The metric {name} returned {type(scores).__name__}, but a list of scores is needed.")

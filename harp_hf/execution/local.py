@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..rundir import RunDir
 from ..stopping import temporary_folder
 from .record import left_to_measure, progress_of, record, record_base
 from .tools import open_tools
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..config import HarpConfig
@@ -113,6 +116,9 @@ def measure_leaves(
     """
     todo = list(todo)
     left = left_to_measure(run, todo, rows)
+    if left:  # tokenising a large pool takes its time, which is not that of the first leaf
+        logger.info("Tokenising the pool.")
+        finetuner()
     with progress_of(todo, left) as progress:
         at_once = from_main(lambda: evaluator().adapters_at_once) if left else 1
         for start in range(0, len(left), at_once):
