@@ -335,9 +335,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over each union")
     parser.add_argument("--sizes", type=int, nargs="+", default=[6, 12, 18, 24, 36], help="measurements shown")
     parser.add_argument("--designs", type=int, default=40, help="random designs of each size")
-    parser.add_argument(
-        "--budget", type=int, help="rows of selections, also at random, to tell regret of (default: all)"
-    )
+    parser.add_argument("--budget", type=int, help="rows of selections, also at random, for the regret (default: all)")
     parser.add_argument("--results", help="JSON file to write")
     asked = parser.parse_args(argv)
     if not (asked.measure or asked.analyse or asked.additivity):
