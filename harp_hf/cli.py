@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
@@ -216,18 +217,18 @@ def _choice_kept(output_dir: str) -> Iterator[None]:
     from .rundir import RunDir
     from .saved import save_choice
 
-    run = RunDir(output_dir)
-    known = run.read_json("result/result.json")["choice"] if run.holds("result/result.json") else None
-    config = run.read_yaml("config.yaml")
+    if not Path(output_dir, "result", "result.json").exists():
+        yield
+        return
+    run, names = RunDir(output_dir), [field.name for field in fields(Choice)]
+    choice, config = run.read_json("result/result.json")["choice"], run.read_yaml("config.yaml")
     try:
         yield
     finally:
-        if known is not None:
-            names = [field.name for field in fields(Choice)]
-            save_choice(known, run.path)
-            written = {name: value for name, value in run.read_yaml("config.yaml").items() if name not in names}
-            kept = {name: written.get(name, value) for name, value in config.items() if name in (*names, *written)}
-            run.write_yaml("config.yaml", kept | written)
+        save_choice(choice, run.path)
+        written = {name: value for name, value in run.read_yaml("config.yaml").items() if name not in names}
+        kept = {name: written.get(name, value) for name, value in config.items() if name in (*names, *written)}
+        run.write_yaml("config.yaml", kept | written)
 
 
 def _status(argv: list[str]) -> None:

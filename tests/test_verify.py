@@ -412,6 +412,9 @@ def test_what_a_selector_cannot_do_is_one_sentence(disk, tmp_path, monkeypatch):
         f"harp-hf select: There is no selector 'best'; the selectors are {', '.join(SELECTORS)}."
     )
     assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="is not there"):
+        cli.main(["select", *flags, "--selector", "top-phi", "--dataset_name", "none.jsonl"])
+    assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="--selector is only for"):
         cli.main(["measure", *flags, "--selector", "rds"])
     config = yaml.safe_load((disk / "harp.yaml").read_text())
